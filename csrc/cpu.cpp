@@ -1,0 +1,16 @@
+#include "cpu.h"
+
+namespace adaptlr {
+
+HostController::HostController(const Config& config, int64_t history_size)
+    : config(config), state(initial_state()), memory_(FlightRecord::bytes(history_size) / sizeof(Record)),
+      flight_record_(memory_.data(), history_size) {}
+
+Decision HostController::step(const Signals& signals) {
+  Record record;
+  const Decision decision = control_step(config, signals, state, record);
+  append(flight_record_.ring(), record, is_event(config, state, record), counts_);
+  return decision;
+}
+
+} // namespace adaptlr

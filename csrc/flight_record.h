@@ -1,0 +1,31 @@
+// The host's side of the rings: owns the memory and reads it while another thread or a GPU writes.
+#pragma once
+
+#include "ring.h"
+
+#include <cstddef>
+#include <vector>
+
+namespace adaptlr {
+
+class FlightRecord {
+public:
+  /// Lays the rings out in `memory`, which holds bytes(capacity), all zero, and outlives this object.
+  FlightRecord(void* memory, int64_t capacity);
+
+  static std::size_t bytes(int64_t capacity);
+
+  const Ring& ring() const { return ring_; }
+  int64_t notices() const;
+  int64_t written() const;        // records so far
+  int64_t dropped_events() const; // events that newer ones have overwritten
+
+  /// Copies of the records numbered above `since` that are still there, oldest first.
+  std::vector<Record> records(int64_t since) const;
+  std::vector<Record> events(int64_t since) const;
+
+private:
+  Ring ring_;
+};
+
+} // namespace adaptlr

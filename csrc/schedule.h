@@ -1,0 +1,50 @@
+// Warm-up and decay in closed form: equation 2 of docs/algorithm.md.
+#pragma once
+
+#include "state.h"
+
+namespace adaptlr {
+
+/// Share of the peak that is left after the share `x` of the steps after warm-up; `step` is the clock.
+ADAPTLR_HOST_DEVICE inline double decay(const Config& config, double step, double x) {
+  switch (config.decay) {
+  case Decay::kCosine:
+    return 0.5 * (1.0 + cos(kPi * x));
+  case Decay::kLinear:
+    return 1.0 - x;
+  case Decay::kConstant:
+    return 1.0;
+  case Decay::kWsd:
+    return fmin(1.0, (1.0 - x) / config.decay_share);
+  case Decay::kInverseSqrt:
+    return sqrt(config.timescale / (step + 1.0 - config.warmup_steps + config.timescale));
+  case Decay::kCosineRestarts: {
+    const double cycle = config.cycles * x;
+    return 0.5 * (1.0 + cos(kPi * (cycle - ceil(cycle) + 1.0)));
+  }
+  case Decay::kTable:
+    return reinterpret_cast<const double*>(config.table)[static_cast<int64_t>(step)];
+  }
+  return 1.0;
+}
+
+/// Multiplier of the peak lr at `step`. A pure function of the clock: a resumed run needs nothing else.
+ADAPTLR_HOST_DEVICE inline double schedule(const Config& config, double step) {
+  if (step < config.warmup_steps) return (step + 1.0) / config.warmup_steps;
+  const bool open_ended = config.total_steps == 0.0;
+  if (!open_ended && step >= config.total_steps) return config.final_multiplier;
+  const double x =
+      open_ended ? 0.0 : (step - config.warmup_steps + 1.0) / (config.total_steps - config.warmup_steps);
+  return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * decay(config, step, x);
+}
+
+/// The last multiplier before the end that is not zero; what a run keeps that goes on past its end.
+ADAPTLR_HOST_DEVICE inline double final_multiplier(const Config& config) {
+  for (double step = config.total_steps - 1.0; step >= 0.0; step -= 1.0) {
+    const double multiplier = schedule(config, step);
+    if (multiplier > 0.0) return multiplier;
+  }
+  return 0.0;
+}
+
+} // namespace adaptlr

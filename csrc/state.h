@@ -1,0 +1,144 @@
+// The data that the algorithm works on. docs/algorithm.md defines every quantity; the names are the same there, in
+// adaptlr/reference.py, in records and in checkpoints.
+#pragma once
+
+#ifdef __CUDACC__
+#define ADAPTLR_HOST_DEVICE __host__ __device__
+#else
+#define ADAPTLR_HOST_DEVICE
+#endif
+
+// NVRTC compiles these headers without the standard library.
+#ifdef __CUDACC_RTC__
+using int32_t = int;
+using int64_t = long long;
+#else
+#include <cmath>
+#include <cstdint>
+#endif
+
+namespace adaptlr {
+
+constexpr int kMaxGroups = 64;
+constexpr double kPi = 3.14159265358979323846;
+
+enum class Decay : int64_t { kCosine, kLinear, kConstant, kWsd, kInverseSqrt, kCosineRestarts, kTable };
+enum class GuardMode : int64_t { kOff, kObserve, kAct };
+enum class Phase : int32_t { kRun, kRewarm, kHold, kRegrow, kFailed };
+enum class Action : int32_t { kNone, kSkip };
+
+enum Flag : int32_t {
+  kNonfinite = 1,    // the loss or the gradient norm is not finite
+  kSpike = 2,        // one loss far above the level; informative
+  kDiverge = 4,      // the loss runs away
+  kDrift = 8,        // the level has risen above its best
+  kWorse = 16,       // the level is above where the run began
+  kOverflow = 32,    // GradScaler found an infinite gradient
+  kOverwritten = 64, // something else wrote the lr since the last step
+  kEnded = 128,      // the clock has passed total_steps
+};
+
+/// What the user asked for, resolved to numbers. Changes only between steps, at the user's request.
+struct Config {
+  double total_steps;           // T, steps; 0: open-ended
+  double warmup_steps;          // W, steps
+  double min_lr_ratio;          // r in [0, 1]
+  double decay_share;           // of the steps after warm-up, for wsd; in (0, 1]
+  double cycles;                // of cosine_restarts; >= 1
+  double timescale;             // of inverse_sqrt, steps; > 0
+  double final_multiplier;      // schedule at t >= T
+  double backoff_factor;        // in (0, 1)
+  double rewarm_steps;          // steps; >= 1
+  double hold_steps;            // steps; >= 1
+  double regrow_growth;         // of the factor, a step; > 1
+  double max_consecutive_skips; // non-finite steps in a row that are survived
+  double peak;                  // the largest of peaks; lr
+  double peaks[kMaxGroups];     // peak lr of every group
+  int64_t group_count;          // of peaks in use
+  Decay decay;
+  GuardMode guard_mode;
+  int64_t table; // address of total_steps doubles, for Decay::kTable
+};
+
+/// What one optimizer step brings in.
+struct Signals {
+  double loss;         // mean or sum of the micro-batch losses; NaN and inf are valid
+  double grad_norm;    // before clipping; negative: not given
+  double applied_lr;   // lr of the largest group in this step where the host sets it; negative: the controller sets it
+  int32_t overflow;    // GradScaler found an infinite gradient
+  int32_t overwritten; // something else wrote the lr since the last step
+};
+
+/// Everything that lasts from step to step, all of it in checkpoints.
+struct State {
+  double step;                  // t; steps taken, exact up to 2^53; starts at 0
+  double lr;                    // of the largest group, in the last step; starts at 0
+  double samples;               // n; finite losses since the last rebase; in [0, 1e6]
+  double observed;              // finite losses that were ever taken
+  double level;                 // robust moving mean; loss
+  double variance;              // robust moving variance about it; loss^2
+  double mean_age;              // of the regression's weights; steps
+  double age_variance;          // steps^2
+  double age_covariance;        // of time and loss; steps x loss
+  double sign_agreement;        // of successive scores; in [-1, 1]
+  double previous_score;        // the last clipped score less mean_score
+  double mean_score;            // moving mean of clipped scores
+  double cusum;                 // S, one-sided sum of clipped scores
+  double outlier_run;           // scores above 6 in a row; during start-up, losses refused in a row
+  double spike_threshold;       // in units of the scale; >= 6
+  double best_level;            // leaky minimum of the level; loss
+  double best_samples;          // effective samples behind it
+  double start_level;           // the level after start-up; loss
+  double max_loss;              // largest loss of the start-up
+  double min_loss;              // smallest loss of the start-up
+  double slope;                 // of the loss; loss / step
+  double t_statistic;           // of the slope
+  double score;                 // z of the last finite loss
+  double rise;                  // of the level above its best, in standard errors
+  double phase;                 // of the guard; a Phase
+  double phase_step;            // the step at which it began
+  double factor;                // lr = peak x factor x schedule; in (0, 1]; starts at 1
+  double cut_factor;            // what factor re-warms to; starts at 1
+  double ceiling;               // what cut_factor regrows to; starts at 1
+  double onset_lr;              // lr / peak at the last quiet step
+  double streak;                // alarms that followed another without a quiet stretch between
+  double last_alarm;            // its step; starts at -1e9
+  double consecutive_skips;     // non-finite steps in a row
+  double consecutive_overflows; // overflowed steps in a row
+  double skips;                 // steps skipped so far
+  double cuts;                  // of the factor so far
+};
+constexpr int kStateFields = 36;
+static_assert(sizeof(State) == kStateFields * sizeof(double), "a State is a row of a float64 tensor");
+
+/// What a step is told to do.
+struct Decision {
+  double multiplier; // lr of group g = peaks[g] x multiplier
+  Action action;
+  int32_t flags;
+};
+
+/// One line of the flight record. 128 bytes: a whole number of cache lines.
+struct Record {
+  int64_t sequence; // counts records from 1; 0: never written
+  int64_t step;     // t
+  double loss;
+  double level;
+  double scale;
+  double slope;
+  double t_statistic;
+  double score;
+  double cusum;
+  double rise;
+  double grad_norm; // NaN: not given
+  double lr;        // of the largest group
+  double factor;
+  double previous_factor;
+  int32_t phase;
+  int32_t previous_phase;
+  int32_t flags;
+  int32_t action;
+};
+static_assert(sizeof(Record) == 128, "records are copied in whole cache lines");
+
+} // namespace adaptlr

@@ -1,0 +1,154 @@
+"""The control step of the extension against the reference: every trace, every field."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from traces import TRACES, Trace
+
+from adaptlr import _extension as extension
+from adaptlr import reference
+from adaptlr.reference import Config, Decay, GuardMode, Record, Signals, State
+
+PEAK = 3e-4
+# Rounding errors of 4 ulp (2.2e-16) a step fade with a memory of 128 steps: 128 x 4 x 2.2e-16 =
+# 1.1e-13 of what a field is made of. The rest is room for a difference of two such numbers.
+RTOL = 1e-12
+STATE_FIELDS = [field.name for field in dataclasses.fields(State)]
+STATE_EVERY = 50  # steps; records are compared at every step
+
+LOSS_FIELDS = {"loss", "level", "scale", "best_level", "start_level", "max_loss", "min_loss"}
+LOSS_FIELDS |= {"slope", "age_covariance"}  # per step, and times steps
+EXACT_FIELDS = {"step", "samples", "observed", "best_samples", "outlier_run", "phase", "phase_step"}
+EXACT_FIELDS |= {"streak", "last_alarm", "consecutive_skips", "consecutive_overflows", "skips"}
+EXACT_FIELDS |= {"cuts", "previous_phase", "flags", "action"}
+
+SETTINGS: list[dict[str, object]] = [
+    {},
+    {"decay": Decay.LINEAR, "min_lr_ratio": 0.1, "warmup_steps": 0},
+    {"decay": Decay.CONSTANT, "backoff_factor": 0.3, "rewarm_steps": 1, "hold_steps": 1},
+    {"decay": Decay.WSD, "decay_share": 0.3, "rewarm_steps": 20, "hold_steps": 40},
+    {"decay": Decay.INVERSE_SQRT, "timescale": 700.0, "warmup_steps": 50},
+    {"decay": Decay.COSINE_RESTARTS, "cycles": 3.5, "regrow_growth": 1.05},
+    {"decay": Decay.TABLE, "table": 0.5 + 0.5 * np.sin(np.arange(10_000)) ** 2},
+    {"guard_mode": GuardMode.OBSERVE, "max_consecutive_skips": 2},
+    {"guard_mode": GuardMode.OFF, "decay": Decay.LINEAR},
+]
+
+
+def config_of(trace: Trace, index: int) -> Config:
+    settings = SETTINGS[index % len(SETTINGS)]
+    return reference.default_config(trace.total_steps, PEAK, **settings)
+
+
+# Every trace with the defaults, and each with one more setting.
+CASES = [
+    pytest.param(trace, config_of(trace, index), id=f"{trace.name}-{index % len(SETTINGS)}")
+    for i, trace in enumerate(TRACES)
+    for index in (0, 1 + i % (len(SETTINGS) - 1))
+]
+# The traces with alarms and the one with every kind of broken step, with all settings.
+CASES += [
+    pytest.param(trace, config_of(trace, index), id=f"{trace.name}-{index}-all")
+    for trace in TRACES
+    if trace.name in ("blow_up", "overflow")
+    for index in range(1, len(SETTINGS))
+]
+
+
+def to_structured(config: Config) -> tuple[npt.NDArray[np.void], npt.NDArray[np.float64]]:
+    """Return the row that the extension takes, and the table that its address keeps pointing to."""
+    table = np.ascontiguousarray(config.table, dtype=np.float64)
+    row = np.zeros((), dtype=extension.config_dtype)
+    for field in dataclasses.fields(config):
+        row[field.name] = 0 if field.name in ("peaks", "table") else getattr(config, field.name)
+    row["peaks"][: config.group_count] = config.peaks
+    row["table"] = table.ctypes.data if table.size else 0
+    return row, table
+
+
+def signals_of(trace: Trace) -> list[Signals]:
+    """Return the signals of a trace; every seventh lr is another one than asked for."""
+    steps = len(trace.losses)
+    norms = np.full(steps, -1.0) if trace.grad_norms is None else trace.grad_norms
+    overflows = np.zeros(steps, bool) if trace.overflows is None else trace.overflows
+    return [
+        Signals(
+            loss=float(trace.losses[i]),
+            grad_norm=float(norms[i]),
+            applied_lr=PEAK / 3 if i % 7 == 6 else -1.0,
+            overflow=bool(overflows[i]),
+            overwritten=i % 1000 == 999,
+        )
+        for i in range(steps)
+    ]
+
+
+def run_reference(config: Config, signals: list[Signals]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the record of every step and every 50th state, shape ``(states, fields)``."""
+    state, records, states = State(), [], []
+    for i, step_signals in enumerate(signals):
+        records.append(reference.control_step(config, step_signals, state)[1])
+        if i % STATE_EVERY == STATE_EVERY - 1:
+            states.append([float(getattr(state, name)) for name in STATE_FIELDS])
+    return np.array(records, dtype=reference.RECORD_DTYPE), np.array(states)
+
+
+def run_extension(config: Config, signals: list[Signals]) -> tuple[np.ndarray, np.ndarray]:
+    row, table = to_structured(config)
+    controller = extension.HostController(row, history_size=1 << 14)
+    states = []
+    for i, step_signals in enumerate(signals):
+        controller.step(*dataclasses.astuple(step_signals))
+        if i % STATE_EVERY == STATE_EVERY - 1:
+            states.append(controller.state)
+    del table  # alive until here
+    return controller.records(), np.stack(states)
+
+
+def natural_unit(name: str, trace: Trace) -> float:
+    """Return the size below which a difference of the field means nothing."""
+    if name in LOSS_FIELDS:
+        return trace.loss_unit
+    if name == "variance":
+        return trace.loss_unit**2
+    return PEAK if name == "lr" else 1.0
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, name: str, trace: Trace) -> None:
+    if name in EXACT_FIELDS or np.issubdtype(expected.dtype, np.integer):
+        np.testing.assert_array_equal(actual, expected, err_msg=name)
+        return
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(actual[~finite], expected[~finite], err_msg=name)
+    actual, expected = actual[finite], expected[finite]
+    unit = np.maximum(np.abs(expected), natural_unit(name, trace))
+    error = np.abs(actual - expected) / unit
+    worst = int(np.argmax(error)) if error.size else 0
+    assert np.all(error <= RTOL), f"{name} is {actual[worst]}, expected {expected[worst]}"
+
+
+@pytest.mark.parametrize(("trace", "config"), CASES)
+def test_every_field_matches_reference(trace: Trace, config: Config) -> None:
+    signals = signals_of(trace)
+    expected_records, expected_states = run_reference(config, signals)
+    records, states = run_extension(config, signals)
+    for name in Record._fields:
+        assert_close(records[name], expected_records[name], name, trace)
+    for i, name in enumerate(STATE_FIELDS):
+        assert_close(states[name], expected_states[:, i], name, trace)
+
+
+def test_multiplier_and_skip_are_those_of_the_reference() -> None:
+    trace = next(trace for trace in TRACES if trace.name == "nan_burst")
+    config = reference.default_config(trace.total_steps, PEAK)
+    row, _table = to_structured(config)
+    controller, state = extension.HostController(row, history_size=64), State()
+    for signals in signals_of(trace)[:3100]:
+        decision, _ = reference.control_step(config, signals, state)
+        skip, _, lrs = controller.step(*dataclasses.astuple(signals))
+        assert skip == bool(decision.action)
+        assert lrs == pytest.approx([PEAK * decision.multiplier], rel=RTOL, abs=0)
