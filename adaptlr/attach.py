@@ -1,0 +1,91 @@
+"""What happens once, when a controller is made: peaks, the choice of the path, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from adaptlr.config import ResolvedConfig, require
+from adaptlr.host_path import HostPath
+
+if TYPE_CHECKING:
+    from adaptlr.attachment import Path
+
+logger = logging.getLogger("adaptlr")
+
+DEVICE_PATHS = ("auto", "fused", "capturable", "float")
+
+
+def refuse_unavailable(**arguments: object) -> None:
+    """Raise for the first argument that has a value: it belongs to a feature that does not exist yet."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is not available in this version of adaptlr; leave {name} out"
+            )
+
+
+def initial_peaks(optimizer: torch.optim.Optimizer, lr: float | None) -> list[float]:
+    """Return every group's peak; ``lr`` sets that of the largest group, and the ratios stay."""
+    peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if lr is None:
+        return peaks
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"lr must be a float or None, got {type(lr).__name__}")
+    require(0.0 < lr < float("inf"), "lr", "positive and finite", lr)
+    largest = max(peaks)
+    if not 0.0 < largest < float("inf"):
+        return [lr] * len(peaks)
+    return [peak * (lr / largest) for peak in peaks]
+
+
+def first_device(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Return the device of the first parameter."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device: torch.device = parameter.device
+            return device
+    raise ValueError("optimizer must have at least one parameter, got none")
+
+
+def choose_path(
+    optimizer: torch.optim.Optimizer, config: ResolvedConfig, history_size: int, device_path: str
+) -> Path:
+    """Choose where decisions are made and how they reach the optimizer; see docs/design.md."""
+    require(device_path in DEVICE_PATHS, "device_path", f"one of {DEVICE_PATHS}", device_path)
+    if device_path == "capturable":
+        refuse_unavailable(device_path=device_path)
+    device = first_device(optimizer)
+    if device.type != "cuda" or torch.version.hip:
+        if device_path == "fused":
+            raise ValueError(f"device_path='fused' needs parameters on a CUDA device, got {device}")
+        if device.type != "cpu":
+            logger.info("adaptlr has no kernels for %s: it reads the loss with loss.item()", device)
+        return HostPath(optimizer, config, history_size, device)
+    return _choose_cuda_path(optimizer, config, history_size, device_path, device)
+
+
+def _choose_cuda_path(
+    optimizer: torch.optim.Optimizer,
+    config: ResolvedConfig,
+    history_size: int,
+    device_path: str,
+    device: torch.device,
+) -> Path:
+    from adaptlr.device_path import FusedPath, LateFloatPath  # only where there is a device
+    from adaptlr.fused_flags import why_not_fused
+    from adaptlr.kernel_image import kernel_image
+
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attach the controller before the capture of a CUDA graph, not within it")
+    image = kernel_image(device.index)
+    if image is None:
+        return HostPath(optimizer, config, history_size, device)
+    obstacle = why_not_fused(optimizer)
+    if device_path == "fused" and obstacle:
+        raise ValueError(f"device_path='fused' is not possible: {obstacle}")
+    if device_path == "float" or obstacle:
+        return LateFloatPath(optimizer, config, history_size, device, image)
+    return FusedPath(optimizer, config, history_size, device, image)

@@ -1,0 +1,242 @@
+"""One controller bound to one optimizer: what the optimizer's hooks call, step by step and at checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptlr import _extension
+from adaptlr.checkpoint import KEY, Checkpoint, pack, unpack
+from adaptlr.config import ResolvedConfig
+from adaptlr.errors import TrainingDiverged
+from adaptlr.hooks import replace_closure
+from adaptlr.host_path import HostPath
+from adaptlr.telemetry import Event, Flag, make_event
+
+if TYPE_CHECKING:
+    from adaptlr.device_path import FusedPath, LateFloatPath
+
+    Path = HostPath | FusedPath | LateFloatPath
+
+logger = logging.getLogger("adaptlr")
+
+FAILED: int = _extension.FAILED_NOTICE
+_FORGOTTEN_STEPS = 3
+_TOLD_EVENTS = 8
+_TOLD_ONCE = int(Flag.ENDED | Flag.OVERWRITTEN)
+
+
+class Attachment:
+    """Runs the control step before the optimizer's, heeds what it says, and carries its state in checkpoints.
+
+    Attributes:
+        optimizer: The user's optimizer.
+        config: What the run was asked to be, as it stands now.
+        path: Where decisions are made.
+        failure_told: Whether `TrainingDiverged` was raised already.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: ResolvedConfig,
+        path: Path,
+    ) -> None:
+        """Take ``path`` into service."""
+        self.optimizer = optimizer
+        self.config = config
+        self.path = path
+        self.failure_told = False
+        self.start_step = 0
+        self._made = (config.total_steps or 0, tuple(config.peaks))
+        self._own_events: list[Event] = []
+        self._unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS
+        self._unobserved = 0
+        self._loading: Checkpoint | None = None
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Decide before the optimizer's step; with a closure, once it has produced the loss."""
+        if kwargs or len(args) > 1:
+            replaced = replace_closure(args, kwargs, self._wrap)
+            if replaced is not None:
+                return replaced
+        self._decide()
+        return None
+
+    def _decide(self) -> None:
+        """Run the control step, unless nothing was observed: then the clock stands and lr stays.
+
+        An optimizer is also stepped by others, DCP for one, to make its state appear; such a step is not ours.
+        """
+        path = self.path
+        if path.count == 0:
+            return self._note_unobserved()
+        self._unobserved = 0
+        code = path.step()
+        if code & self._unheeded:
+            if code == _extension.NEW_GROUPS:
+                self._adopt_groups()
+                code = path.step()
+            self.heed(code)
+        return None
+
+    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure that runs the control step once, after its first evaluation."""
+        self.path.preset()
+        decided = False
+
+        def observed_closure() -> Any:
+            nonlocal decided
+            loss = closure()
+            if not decided:
+                decided = True
+                if self.path.count == 0 and loss is not None:
+                    self.path.observe(loss)
+                self._decide()
+            return loss
+
+        return observed_closure
+
+    def _note_unobserved(self) -> None:
+        if self.path.has_gradients():
+            self._unobserved += 1
+        if self._unobserved == _FORGOTTEN_STEPS:
+            warnings.warn(
+                f"{_FORGOTTEN_STEPS} optimizer steps in a row came without a loss, so adaptlr stands still: call "
+                "controller.observe(loss) before optimizer.step(), or controller.step(loss) in its place",
+                stacklevel=6,
+            )
+
+    def _adopt_groups(self) -> None:
+        """Take in the groups that ``add_param_group`` has added: their lr is their peak."""
+        made_steps, made_peaks = self._made
+        peaks = self.config.peaks
+        added = [float(group["lr"]) for group in self.optimizer.param_groups[len(peaks) :]]
+        self.config.set_peaks([*peaks, *added])
+        self._made = (made_steps, (*made_peaks, *added))
+        self.path.configure()
+        self.path.bind()
+
+    # -- notices -----------------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Heed what the device has said since; a plain read of host memory."""
+        notices = self.path.core.notices
+        if notices & self._unheeded:
+            self.heed(notices)
+
+    def heed(self, notices: int) -> None:
+        """Warn once of what the host must hear of; raise `TrainingDiverged` at every call after the end."""
+        new = notices & self._unheeded
+        self._unheeded &= ~(new & _TOLD_ONCE)
+        if new & Flag.ENDED:
+            warnings.warn(
+                f"total_steps={self.config.total_steps} are over; the last non-zero learning rate is kept. "
+                "Call extend(total_steps) to stretch the schedule",
+                stacklevel=6,
+            )
+        if new & Flag.OVERWRITTEN:
+            warnings.warn(
+                f"{self._other_writer()} writes the optimizer's learning rate as well as adaptlr; "
+                "adaptlr's value wins in every step. Remove the other",
+                stacklevel=6,
+            )
+        if new & FAILED:
+            self.fail()
+
+    def _other_writer(self) -> str:
+        scheduled = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
+        return "a torch LRScheduler" if scheduled else "something else (a scheduler or callback)"
+
+    def fail(self) -> None:
+        """Raise `TrainingDiverged` with the story of what happened."""
+        self.failure_told = True
+        told = "\n".join(f"  step {e.step}: {e.reason}" for e in self.events()[-_TOLD_EVENTS:])
+        raise TrainingDiverged(
+            f"the guard has ended the run:\n{told}\n"
+            "The parameters are those of the last step taken. Try a smaller lr or gradient clipping, and look at the "
+            "batches of these steps; Guard(max_consecutive_skips=...) survives longer stretches."
+        )
+
+    # -- events ------------------------------------------------------------------------------------------------------
+
+    def events(self) -> list[Event]:
+        """Return what the control step did, and what was asked of it, oldest first."""
+        events = [make_event(row) for row in self.path.core.events(0)]
+        return sorted([*self._own_events, *events], key=lambda event: event.step)
+
+    def say(self, kind: str, reason: str, *, step: int, lr: float, factor: float) -> None:
+        """Add an event of the host's own."""
+        self._own_events.append(Event(step, kind, reason, lr, factor))
+        logger.info("step %d: %s", step, reason)
+
+    def reconfigured(self) -> None:
+        """Hand a changed config to the path; an extended run may end anew."""
+        self._unheeded |= int(Flag.ENDED)
+        self.path.configure()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> torch.Tensor:
+        """Return all that is needed to resume, as one tensor. Waits for the device."""
+        made_steps, made_peaks = self._made
+        return pack(
+            Checkpoint(
+                made_steps=made_steps,
+                total_steps=self.config.total_steps or 0,
+                made_peaks=made_peaks,
+                peaks=tuple(self.config.peaks),
+                state=self.path.state(),
+            )
+        )
+
+    def save(self, state_dict: dict[str, Any]) -> None:
+        """Add the state to the optimizer's, whose lr and flags are shown as they are without adaptlr."""
+        for index, group in enumerate(state_dict["param_groups"]):
+            group.update(self.path.saved_group(index))
+        state_dict["param_groups"][0][KEY] = self.checkpoint()
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that cannot be taken, before the optimizer has changed anything."""
+        groups = state_dict.get("param_groups") or [{}]
+        saved = groups[0].get(KEY)
+        count = len(self.optimizer.param_groups)
+        self._loading = None if saved is None else unpack(saved, count)
+
+    def load(self) -> None:
+        """Take the state out of the optimizer's, which has just replaced its groups."""
+        for group in self.optimizer.param_groups:
+            group.pop(KEY, None)
+        checkpoint, self._loading = self._loading, None
+        if checkpoint is None:
+            warnings.warn(
+                "the loaded optimizer state holds no adaptlr state; the controller goes on from its own step "
+                f"{int(self.path.state()['step'])}",
+                stacklevel=4,
+            )
+        else:
+            self.restore(checkpoint)
+        self.path.bind()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from ``checkpoint``. What the constructor was told differently wins; `extend` and `set_peak` survive."""
+        made_steps, made_peaks = self._made
+        if checkpoint.made_steps == made_steps:
+            self.config.extend(checkpoint.total_steps or None)
+        if checkpoint.made_peaks == made_peaks:
+            self.config.set_peaks(checkpoint.peaks)
+        self.path.drop()
+        self.path.configure(checkpoint.state)
+        state = checkpoint.state
+        self.start_step = int(state["step"])
+        reason = f"resumed at step {self.start_step}"
+        lr, factor = float(state["lr"]), float(state["factor"])
+        self.say("resume", reason, step=self.start_step, lr=lr, factor=factor)

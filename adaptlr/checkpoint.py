@@ -1,0 +1,102 @@
+"""The controller's state as one float64 tensor, so that it travels inside the optimizer's own state dict.
+
+Layout: version, number of State fields, number of groups, the length that the run was made with and the one it has now (0: open-ended),
+the peaks that it was made with and those it has now, the State.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from adaptlr import _extension
+
+KEY = "adaptlr"
+VERSION = 1
+STATE_FIELDS: tuple[str, ...] = tuple(_extension.state_dtype.names or ())
+_HEADER = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is needed to go on as if the run had never stopped.
+
+    Attributes:
+        made_steps: ``total_steps`` as given to the constructor; 0: open-ended.
+        total_steps: The same as it stands now, after any `extend`.
+        made_peaks: Peak of every group as the constructor left it.
+        peaks: The same as it stands now, after any `set_peak`.
+        state: The State, a structured array of shape ``()``.
+    """
+
+    made_steps: int
+    total_steps: int
+    made_peaks: tuple[float, ...]
+    peaks: tuple[float, ...]
+    state: npt.NDArray[Any]
+
+
+def pack(checkpoint: Checkpoint) -> torch.Tensor:
+    """Lay a checkpoint out as a float64 tensor on the CPU."""
+    head = (
+        VERSION,
+        len(STATE_FIELDS),
+        len(checkpoint.peaks),
+        checkpoint.made_steps,
+        checkpoint.total_steps,
+    )
+    state = [float(checkpoint.state[name]) for name in STATE_FIELDS]
+    values = [*head, *checkpoint.made_peaks, *checkpoint.peaks, *state]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def unpack(tensor: object, group_count: int) -> Checkpoint:
+    """Read what `pack` wrote.
+
+    Raises:
+        TypeError: if it is not a tensor.
+        ValueError: if it was written by another version, for other groups, or is damaged.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"the checkpoint's {KEY!r} entry must be a tensor, got {type(tensor)}")
+    values = tensor.detach().to("cpu", torch.float64).reshape(-1).tolist()
+    if len(values) < _HEADER or values[0] != VERSION:
+        found = values[0] if values else "nothing"
+        raise ValueError(f"the checkpoint's adaptlr version must be {VERSION}, got {found}")
+    _, fields, groups, made_steps, total_steps = values[:_HEADER]
+    if groups != group_count:
+        raise ValueError(
+            f"the checkpoint must be of {group_count} parameter groups, as the optimizer has, "
+            f"got {groups:g}"
+        )
+    expected = _HEADER + 2 * group_count + len(STATE_FIELDS)
+    if fields != len(STATE_FIELDS) or len(values) != expected:
+        raise ValueError(f"the checkpoint must hold {expected} numbers, got {len(values)}")
+    peaks = values[_HEADER : _HEADER + 2 * group_count]
+    state = np.array(tuple(values[-len(STATE_FIELDS) :]), dtype=_extension.state_dtype)
+    _check_state(state)
+    return Checkpoint(
+        int(made_steps),
+        int(total_steps),
+        tuple(peaks[:group_count]),
+        tuple(peaks[group_count:]),
+        state,
+    )
+
+
+def _check_state(state: npt.NDArray[Any]) -> None:
+    bad = [name for name in STATE_FIELDS if not np.isfinite(state[name])]
+    if bad:
+        raise ValueError(f"the checkpoint's {bad[0]} must be finite, got {float(state[bad[0]])}")
+    for name in ("step", "samples", "phase"):
+        if state[name] < 0 or state[name] != np.floor(state[name]):
+            raise ValueError(f"the checkpoint's {name} must be a count, got {float(state[name])}")
+    if state["phase"] > 4 or not 0.0 < state["factor"] <= 1.0:
+        raise ValueError(
+            f"the checkpoint's phase and factor must lie in [0, 4] and (0, 1], got "
+            f"{float(state['phase']):g} and {float(state['factor']):g}"
+        )

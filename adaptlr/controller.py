@@ -1,0 +1,336 @@
+"""`AdaptiveLR`: attaches to an optimizer and ties losses, decisions and telemetry together."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy.typing as npt
+import torch
+
+from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable
+from adaptlr.attachment import FAILED, Attachment
+from adaptlr.checkpoint import KEY, unpack
+from adaptlr.config import Decay, Guard, ResolvedConfig, require
+from adaptlr.hooks import Hooks, unwrap
+from adaptlr.telemetry import Event, Status, initial_status, make_status
+
+logger = logging.getLogger("adaptlr")
+
+_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, AdaptiveLR] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class AdaptiveLR:
+    """Controls the learning rate of a torch optimizer: warm-up, decay, skips, backing off, regrowth.
+
+    Attaches by hooks; the optimizer stays the user's own object and may be stepped by whoever owns the loop. The
+    learning rate of a group is its peak x the guard's factor x the schedule, written before every step.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`, also inside Accelerate's or Lightning's wrapper.
+        total_steps: Optimizer steps of the run, at least 1; ``None`` only for decays without an end (``"constant"``,
+            ``"inverse_sqrt"``).
+        lr: Peak of the largest group; the others keep their ratios to it. ``None``: every group's own (its
+            ``initial_lr`` where a scheduler has left one).
+        warmup: Linear warm-up, in steps (int) or as a share of the run (float). Large batches and adapters do well
+            with 0.03, full fine-tuning with 0.1.
+        decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"``, ``"cosine_restarts"``, a `Schedule` with
+            parameters, or a callable ``step -> multiplier``, which is tabulated once and takes over after warm-up.
+        min_lr_ratio: Where the decay ends, as a share of the peak, in [0, 1].
+        guard: What to do about trouble (`Guard`); ``None`` switches it off: the learning rate is then a function of the
+            step alone.
+        device_path: ``"auto"``; ``"fused"``: lr and skip flag are read on the CUDA device by torch's fused kernels;
+            ``"float"``: lr stays a Python float.
+        history_size: Records kept for `history`, at least 1; 128 bytes each.
+        search, check_lr, snapshot, model, process_group, recorder: Not available in this version.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if an argument is out of range, or not available.
+        RuntimeError: if the optimizer already has a controller, if several processes train and ``guard`` is not None,
+            or during the capture of a CUDA graph.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        >>> controller = AdaptiveLR(optimizer, total_steps=100)
+        >>> for _ in range(100):
+        ...     loss = model(torch.ones(8, 4)).pow(2).mean()
+        ...     loss.backward()
+        ...     controller.step(loss)
+        ...     controller.zero_grad()
+        >>> controller.status().step
+        100
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int | None,
+        *,
+        lr: float | None = None,
+        warmup: float = 0.1,
+        decay: Decay = "cosine",
+        min_lr_ratio: float = 0.0,
+        guard: Guard | None = Guard(),  # noqa: B008 (frozen)
+        device_path: Literal["auto", "fused", "capturable", "float"] = "auto",
+        history_size: int = 65536,
+        search: None = None,
+        check_lr: Literal[False] = False,
+        snapshot: Literal["off"] = "off",
+        model: None = None,
+        process_group: None = None,
+        recorder: None = None,
+    ) -> None:
+        """Check everything, then attach."""
+        refuse_unavailable(
+            lr="auto" if lr == "auto" else None,
+            search=search,
+            check_lr=check_lr or None,
+            snapshot=None if snapshot == "off" else snapshot,
+            model=model,
+            process_group=process_group,
+            recorder=recorder,
+        )
+        self._optimizer = unwrap(optimizer)
+        if self._optimizer in _attached:
+            raise RuntimeError(
+                "the optimizer already has a controller; call its detach() before attaching another"
+            )
+        _refuse_processes(guard)
+        require(
+            isinstance(history_size, int) and history_size >= 1,
+            "history_size",
+            "an int of at least 1",
+            history_size,
+        )
+        config = ResolvedConfig(
+            total_steps=total_steps,
+            warmup=warmup,
+            decay=decay,
+            min_lr_ratio=min_lr_ratio,
+            guard=guard,
+            peaks=initial_peaks(self._optimizer, lr),
+        )
+        self._history_size = history_size
+        self._path = choose_path(self._optimizer, config, history_size, device_path)
+        self._attachment = Attachment(self._optimizer, config, self._path)
+        self._hooks = Hooks(self._optimizer, self._attachment, self._path.after_step)
+        _attached[self._optimizer] = self
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        loss: torch.Tensor | float | None = None,
+        *,
+        grad_norm: torch.Tensor | float | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        """Hand over the loss of one micro-batch; the next optimizer step decides on all of them together.
+
+        Call after the forward pass and before ``optimizer.step()``. Does not wait for the device.
+
+        Args:
+            loss: Raw loss, not a smoothed one; one element, any floating dtype, on the parameters' device. NaN and inf
+                are valid observations: the step will be skipped.
+            grad_norm: Global gradient norm before clipping, one element. If it is not finite, the step is skipped.
+            reduction: ``"mean"`` averages the losses of a step; ``"sum"`` adds them up, where the loop has already divided
+                each by the number of micro-batches.
+
+        Raises:
+            TypeError: if ``loss`` is no tensor or float.
+            ValueError: if ``loss`` has several elements or is on another device.
+            TrainingDiverged: if the guard has ended the run.
+        """
+        path = self._path
+        if path.reports_late:
+            self._attachment.poll()
+        if path.mean is not (reduction == "mean"):
+            self._change_reduction(reduction)
+        if loss is not None:
+            path.observe(loss)
+        if grad_norm is not None:
+            path.observe_grad_norm(grad_norm)
+
+    def step(
+        self,
+        loss: torch.Tensor | float | None = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+        grad_norm: torch.Tensor | float | None = None,
+    ) -> Any:
+        """Observe ``loss`` if given, then step the optimizer.
+
+        Args:
+            loss: As for `observe`. May be omitted if it was observed before.
+            closure: Handed to ``optimizer.step``; if nothing was observed, what it returns is the loss.
+            grad_norm: As for `observe`.
+
+        Returns:
+            What ``optimizer.step`` returns.
+
+        Raises:
+            TypeError: if ``loss`` is callable.
+            RuntimeError: if no loss was observed and there is no closure.
+            TrainingDiverged: if the guard has ended the run; the parameters are unchanged.
+        """
+        if loss is not None or grad_norm is not None:
+            if callable(loss) and not isinstance(loss, torch.Tensor):
+                raise TypeError("loss must be a tensor, got a callable; pass it as closure=...")
+            self.observe(loss, grad_norm=grad_norm)
+        if closure is not None:
+            return self._optimizer.step(closure)
+        if self._path.count == 0:
+            raise RuntimeError(
+                "step needs a loss: pass step(loss), call observe(loss) before, or pass closure=..."
+            )
+        return self._optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them the losses of a step that was never taken."""
+        if self._path.count and self._path.gradients_cleared():
+            logger.debug("dropped the loss of a step that the optimizer never took")
+            self._path.drop()
+        self._optimizer.zero_grad(set_to_none=set_to_none)
+
+    def _change_reduction(self, reduction: str) -> None:
+        require(reduction in ("mean", "sum"), "reduction", "'mean' or 'sum'", reduction)
+        if self._path.count:
+            raise ValueError("reduction must be the same for all losses of a step")
+        self._path.mean = reduction == "mean"
+
+    # -- telemetry ---------------------------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the largest group in the last step that was reported; read without waiting."""
+        row = self._newest()
+        return self._coming_lr() if row is None else float(row["lr"])
+
+    def _newest(self) -> npt.NDArray[Any] | None:
+        core = self._path.core
+        rows = core.records(max(core.written - 1, 0))
+        return rows[-1] if len(rows) else None
+
+    def _coming_lr(self) -> float:
+        """Return what the first step will be given, before there is a record."""
+        config = self._attachment.config
+        return float(config.row["peak"]) * config.multiplier(self._attachment.start_step)
+
+    def status(self) -> Status:
+        """Return the newest record, read without waiting for the device.
+
+        Raises:
+            TrainingDiverged: if the guard has ended the run and this was not told yet.
+        """
+        core = self._path.core
+        if core.notices & FAILED and not self._attachment.failure_told:
+            self._attachment.fail()
+        row = self._newest()
+        if row is None:
+            return initial_status(self._attachment.start_step, self._coming_lr())
+        dropped = max(core.written - self._history_size, 0) + core.dropped_events
+        return make_status(row, self._path.lag, dropped)
+
+    def history(self) -> npt.NDArray[Any]:
+        """Return the flight record, oldest first: a structured array, one record a step; see docs/algorithm.md.
+
+        At most the last ``history_size`` records; read without waiting for the device.
+        """
+        return self._path.core.records(0)
+
+    def events(self) -> list[Event]:
+        """Return what the controller did and why, oldest first; read without waiting for the device."""
+        return self._attachment.events()
+
+    def check(self) -> None:
+        """Raise `TrainingDiverged` if the guard has ended the run; for loops that only replay a CUDA graph."""
+        if self._path.core.notices & FAILED:
+            self._attachment.fail()
+
+    def __repr__(self) -> str:
+        """Show the length of the run, where it stands, and the path taken."""
+        total_steps = self._attachment.config.total_steps
+        return (
+            f"AdaptiveLR(total_steps={total_steps}, lr={self.lr:.3g}, "
+            f"device_path={self._path.name!r})"
+        )
+
+    # -- changing course ---------------------------------------------------------------------------------------------
+
+    def set_peak(self, lr: float) -> None:
+        """Set the peak of the largest group from the next step on; the others keep their ratios to it.
+
+        Raises:
+            ValueError: if ``lr`` is not positive and finite.
+        """
+        require(0.0 < lr < float("inf"), "lr", "positive and finite", lr)
+        config = self._attachment.config
+        old = float(config.row["peak"])
+        config.set_peaks([peak * (lr / old) for peak in config.peaks])
+        self._changed("set_peak", f"peak learning rate set to {lr:g} (it was {old:g})")
+
+    def extend(self, total_steps: int | None) -> None:
+        """Stretch the schedule to ``total_steps`` from the next step on; the warm-up steps stay what they are.
+
+        Raises:
+            ValueError: if that is shorter than the warm-up.
+        """
+        config = self._attachment.config
+        old = config.total_steps
+        config.extend(total_steps)
+        self._changed("extend", f"total_steps set to {total_steps} (it was {old})")
+
+    def _changed(self, kind: str, reason: str) -> None:
+        self._attachment.reconfigured()
+        row = self._newest()
+        step = self._attachment.start_step if row is None else int(row["step"]) + 1
+        factor = 1.0 if row is None else float(row["factor"])
+        self._attachment.say(kind, reason, step=step, lr=self.lr, factor=factor)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the controller's state alone; the optimizer's own state dict carries it too. Waits for the device."""
+        return {KEY: self._attachment.checkpoint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            KeyError: if ``state_dict`` holds no controller.
+            ValueError: if it is of another version, of other groups, or damaged. Nothing is changed then.
+        """
+        if KEY not in state_dict:
+            raise KeyError(f"state_dict must have the entry {KEY!r}, got {sorted(state_dict)}")
+        self._attachment.restore(unpack(state_dict[KEY], len(self._optimizer.param_groups)))
+
+    def detach(self) -> None:
+        """Take the hooks off and leave the optimizer as it is without adaptlr: float lr, the user's own flags.
+
+        Waits for the device. `history`, `events` and `status` go on working.
+        """
+        self._hooks.remove()
+        self._path.release()
+        _attached.pop(self._optimizer, None)
+
+    def suspended(self) -> Any:
+        """Not available in this version."""
+        raise NotImplementedError("suspended() is not available in this version of adaptlr")
+
+
+def _refuse_processes(guard: Guard | None) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    world_size = distributed.get_world_size()
+    if world_size > 1 and guard is not None:
+        raise RuntimeError(
+            f"guard must be None where several processes train, got a Guard and a world of {world_size}: ranks could "
+            "decide differently, since losses are not reduced over them yet"
+        )

@@ -1,0 +1,85 @@
+"""How the controller is attached: hooks on the user's own optimizer, which stays what it is.
+
+A proxy or subclass would break DeepSpeed's type check, schedulers' patches and pickling (docs/design.md); hooks work in plain loops,
+GradScaler, Trainer, Accelerate, Lightning, DCP and torch.compile alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Attached(Protocol):
+    """What the hooks call."""
+
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Decide, before the optimizer's own step reads lr and gradients."""
+
+    def save(self, state_dict: dict[str, Any]) -> None:
+        """Put the controller's state into the optimizer's."""
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Raise if the controller could not load this, before anything is changed."""
+
+    def load(self) -> None:
+        """Take the controller's state out of the optimizer's."""
+
+
+class Hooks:
+    """Registers the hooks of one controller on one optimizer, and removes them."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        attached: Attached,
+        after_step: Callable[[], None] | None,
+    ) -> None:
+        """Register all of them; ``after_step`` only where it is needed, since every hook costs."""
+        self._handles = [
+            optimizer.register_step_pre_hook(attached.before_step),
+            optimizer.register_state_dict_post_hook(lambda _, saved: attached.save(saved)),
+            optimizer.register_load_state_dict_pre_hook(lambda _, loaded: attached.check(loaded)),
+            optimizer.register_load_state_dict_post_hook(lambda _: attached.load()),
+        ]
+        if after_step is not None:
+            hook = optimizer.register_step_post_hook(lambda *_: after_step())
+            self._handles.append(hook)
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def replace_closure(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wrap: Callable[[Callable[[], Any]], Callable[[], Any]],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the arguments of ``step`` with its closure wrapped, or None if it has none."""
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": wrap(kwargs["closure"])}
+    if len(args) > 1 and args[1] is not None:
+        return (args[0], wrap(args[1]), *args[2:]), kwargs
+    return None
+
+
+def unwrap(optimizer: object) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside the wrappers of Accelerate and Lightning.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    inner = optimizer
+    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+        inner = inner.optimizer  # type: ignore[attr-defined]
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return inner

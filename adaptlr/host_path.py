@@ -1,0 +1,189 @@
+"""The control step on the host: parameters on the CPU, or on a device that adaptlr has no kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from adaptlr import _extension
+from adaptlr.config import ResolvedConfig
+from adaptlr.pending import Pending
+
+
+class HostPath(Pending):
+    """Decides at once, sets lr as Python floats before the step, and skips by taking the gradients away.
+
+    Taking the gradients away is an exact skip for every optimizer: parameters, moments and step counts stay.
+
+    Attributes:
+        name: How `device_path` calls it.
+        core: The controller of the extension, with its flight record.
+    """
+
+    name = "float"
+    reports_late = False
+    after_step = None
+    lag = 0
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: ResolvedConfig,
+        history_size: int,
+        device: torch.device,
+    ) -> None:
+        """Bind the learning rates of ``optimizer``."""
+        super().__init__(optimizer)
+        self._config = config
+        self._device = device
+        self._on_cpu = device.type == "cpu"
+        self.core = _extension.HostController(config.row, history_size)
+        self._total = 0.0
+        self._grad_norm = -1.0
+        self._may_overflow = hasattr(optimizer, "_step_supports_amp_scaling")
+        self.bind()
+
+    # -- losses ------------------------------------------------------------------------------------------------------
+
+    def observe(self, loss: torch.Tensor | float) -> None:
+        """Add one loss to what waits."""
+        if self.count:
+            if self.observed_anew():
+                self.drop()
+        else:
+            self._total = 0.0
+        try:
+            value = loss.item() if loss.is_cpu is self._on_cpu else None  # type: ignore[union-attr]
+        except (AttributeError, RuntimeError):
+            value = None
+        if type(value) is not float:
+            value = self._value(loss)
+        self._total += value
+        self.count += 1
+
+    def _value(self, loss: object) -> float:
+        """Convert what the quick way does not take; explain what cannot be taken."""
+        if isinstance(loss, torch.Tensor):
+            check_loss(loss, self._device)
+            return float(loss)
+        if isinstance(loss, bool) or not hasattr(loss, "__float__"):
+            raise TypeError(f"loss must be a tensor or a float, got {type(loss).__name__}")
+        return float(loss)
+
+    def observe_grad_norm(self, grad_norm: torch.Tensor | float) -> None:
+        """Take the gradient norm of the coming step."""
+        self._grad_norm = float(grad_norm)
+
+    def drop(self) -> None:
+        """Forget what waits."""
+        self.dropped()
+        self._total = 0.0
+        self._grad_norm = -1.0
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> int:
+        """Run the control step, set the learning rates, skip if told to.
+
+        Returns:
+            The notices, with SKIP_STEP added; or NEW_GROUPS alone, and nothing was done.
+        """
+        loss = self._total if self.count == 1 or not self.mean else self._total / self.count
+        overflow = self._may_overflow and self._overflow()
+        groups = self._optimizer.param_groups
+        if self._has_tensor_lr:
+            code = self._step_tensors(loss, overflow)
+        else:
+            code = self.core.step_groups(groups, self._written, loss, self._grad_norm, overflow)
+        if code >= _extension.SKIP_STEP:
+            if code == _extension.NEW_GROUPS:
+                return code
+            for group in groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        self._grad_norm = -1.0
+        self.taken()
+        return code
+
+    def preset(self) -> None:
+        """Set the scheduled rates before a closure runs, for optimizers that read lr before they call it."""
+        multiplier = self._config.multiplier(int(self.core.state["step"]))
+        factor = float(self.core.state["factor"])
+        self._set([peak * (factor * multiplier) for peak in self._config.peaks])
+
+    def _overflow(self) -> bool:
+        """Whether GradScaler handed this step an infinite gradient (it does so to fused optimizers only)."""
+        found_inf = self._optimizer.__dict__.get("found_inf")
+        return found_inf is not None and bool(found_inf)
+
+    # -- learning rates ----------------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Take the groups' learning rates over, and set those of the coming step."""
+        groups = self._optimizer.param_groups
+        self._has_tensor_lr = any(isinstance(group["lr"], torch.Tensor) for group in groups)
+        self._written = [group["lr"] for group in groups]
+        self._values: Sequence[float] = ()
+        self.preset()
+
+    def _set(self, lrs: Sequence[float]) -> None:
+        """Set every group's rate; in place where the user's lr is a tensor, so that whoever holds it sees it."""
+        for index, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+            self._written[index] = group["lr"]
+        self._values = lrs
+
+    def _step_tensors(self, loss: float, overflow: bool) -> int:
+        """Do what ``step_groups`` does, where some lr is a tensor."""
+        groups = self._optimizer.param_groups
+        if len(groups) > len(self._values):
+            return _extension.NEW_GROUPS
+        overwritten = any(
+            float(group["lr"]) != float(torch.as_tensor(lr, dtype=getattr(group["lr"], "dtype", torch.float64)))
+            for group, lr in zip(groups, self._values, strict=True)
+        )
+        skip, notices, lrs = self.core.step(loss, self._grad_norm, -1.0, overflow, overwritten)
+        self._set(lrs)
+        return notices | (_extension.SKIP_STEP if skip else 0)
+
+    def release(self) -> None:
+        """Leave the groups as a user without adaptlr expects them: nothing to do for floats."""
+
+    def saved_group(self, index: int) -> dict[str, Any]:
+        """Return what a checkpoint shows of a group in place of the live values."""
+        return {"lr": float(self._optimizer.param_groups[index]["lr"])}
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> npt.NDArray[Any]:
+        """Return a copy of the State."""
+        return self.core.state
+
+    def configure(self, state: npt.NDArray[Any] | None = None) -> None:
+        """Hand the present config, and a State if given, to the extension; set the rates that follow."""
+        self.core.config = self._config.row
+        if state is not None:
+            self.core.state = state
+        self.preset()
+
+
+def check_loss(loss: torch.Tensor, device: torch.device) -> None:
+    """Raise the error that says why ``loss`` cannot be used."""
+    if loss.numel() != 1:
+        shape = tuple(loss.shape)
+        raise ValueError(
+            f"loss must have one element, got shape {shape}; reduce it first, e.g. loss.mean()"
+        )
+    if not loss.dtype.is_floating_point:
+        raise TypeError(f"loss must be of a floating-point dtype, got {loss.dtype}")
+    if loss.device.type != device.type or (device.index is not None and loss.device != device):
+        raise ValueError(
+            f"loss must be on {device}, where the parameters are, got {loss.device}; "
+            "hand in the loss tensor as the model returned it"
+        )

@@ -1,0 +1,63 @@
+"""The losses that wait for the next optimizer step, and the rules by which a waiting loss turns out to be stale.
+
+Under GradScaler an optimizer that is not fused never reaches ``step`` when gradients overflow, so no hook tells that the
+losses of that step are void. The order of calls does: see `Pending.observed_anew` and `Pending.gradients_cleared`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class Pending:
+    """Counts the losses observed since the last step. Both paths build on it: a call saved on every step.
+
+    Attributes:
+        count: Losses that wait.
+        last_count: Losses that the last step used.
+        mean: Whether the step's loss is their mean (else their sum).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Start with nothing waiting."""
+        self._optimizer = optimizer
+        self.count = 0
+        self.last_count = 0
+        self.mean = True
+        self._cleared = False  # zero_grad was called after the first waiting loss
+        self._observes_first = False  # this loop calls zero_grad between observe and backward
+
+    def taken(self) -> None:
+        """Note that a step has used the waiting losses."""
+        self.last_count = self.count
+        self.count = 0
+        if self._cleared:
+            self._observes_first = True
+            self._cleared = False
+
+    def dropped(self) -> None:
+        """Note that the waiting losses are void."""
+        self.count = 0
+        self._cleared = False
+
+    def observed_anew(self) -> bool:
+        """Whether what waits is stale, now that another loss arrives.
+
+        It is if every step had a single loss so far, and the gradients of the waiting one are gone.
+        """
+        return self.last_count == 1 and (self._cleared or not self.has_gradients())
+
+    def gradients_cleared(self) -> bool:
+        """Whether what waits is stale, now that the gradients are being cleared.
+
+        It is if gradients are there to be lost, unless this loop observes first and clears afterwards.
+        """
+        if self._observes_first or not self.has_gradients():
+            self._cleared = True
+            return False
+        return True
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter holds a gradient."""
+        groups = self._optimizer.param_groups
+        return any(p.grad is not None for group in groups for p in group["params"])
