@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable
@@ -122,8 +123,8 @@ class Attachment:
         added = [float(group["lr"]) for group in self.optimizer.param_groups[len(peaks) :]]
         self.config.set_peaks([*peaks, *added])
         self._made = (made_steps, (*made_peaks, *added))
+        self.path.adopt()
         self.path.configure()
-        self.path.bind()
 
     # -- notices -----------------------------------------------------------------------------------------------------
 
@@ -136,6 +137,8 @@ class Attachment:
     def heed(self, notices: int) -> None:
         """Warn once of what the host must hear of; raise `TrainingDiverged` at every call after the end."""
         new = notices & self._unheeded
+        if new & Flag.ENDED and not self._is_over():
+            new &= ~int(Flag.ENDED)  # of before the run was extended
         self._unheeded &= ~(new & _TOLD_ONCE)
         if new & Flag.ENDED:
             warnings.warn(
@@ -151,6 +154,11 @@ class Attachment:
             )
         if new & FAILED:
             self.fail()
+
+    def _is_over(self) -> bool:
+        core, total_steps = self.path.core, self.config.total_steps
+        newest = core.records(core.written - 1)[-1]
+        return total_steps is not None and bool(newest["step"] >= total_steps)
 
     def _other_writer(self) -> str:
         scheduled = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
@@ -208,8 +216,13 @@ class Attachment:
         """Refuse a state that cannot be taken, before the optimizer has changed anything."""
         groups = state_dict.get("param_groups") or [{}]
         saved = groups[0].get(KEY)
-        count = len(self.optimizer.param_groups)
-        self._loading = None if saved is None else unpack(saved, count)
+        self._loading = None if saved is None else self.checked(saved)
+
+    def checked(self, saved: object) -> Checkpoint:
+        """Read a saved state and try it on a copy of the config; raise if it is not ours or damaged."""
+        checkpoint = unpack(saved, len(self.optimizer.param_groups))
+        self._apply(checkpoint, copy.copy(self.config))
+        return checkpoint
 
     def load(self) -> None:
         """Take the state out of the optimizer's, which has just replaced its groups."""
@@ -226,17 +239,21 @@ class Attachment:
             self.restore(checkpoint)
         self.path.bind()
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from ``checkpoint``. What the constructor was told differently wins; `extend` and `set_peak` survive."""
+    def _apply(self, checkpoint: Checkpoint, config: ResolvedConfig) -> None:
+        """Let `extend` and `set_peak` survive; what this run's constructor was told differently wins."""
         made_steps, made_peaks = self._made
         if checkpoint.made_steps == made_steps:
-            self.config.extend(checkpoint.total_steps or None)
+            config.extend(checkpoint.total_steps or None)
         if checkpoint.made_peaks == made_peaks:
-            self.config.set_peaks(checkpoint.peaks)
+            config.set_peaks(checkpoint.peaks)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint that was `checked`."""
+        self._apply(checkpoint, self.config)
         self.path.drop()
         self.path.configure(checkpoint.state)
         state = checkpoint.state
         self.start_step = int(state["step"])
-        reason = f"resumed at step {self.start_step}"
         lr, factor = float(state["lr"]), float(state["factor"])
+        reason = f"resumed at step {self.start_step}"
         self.say("resume", reason, step=self.start_step, lr=lr, factor=factor)

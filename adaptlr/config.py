@@ -217,9 +217,11 @@ class ResolvedConfig:
             valid = math.isfinite(peak) and peak >= 0.0
             require(valid, f"lr of parameter group {group}", "finite and not negative", peak)
         require(max(peaks, default=0.0) > 0.0, "lr", "above 0 in one group at least", list(peaks))
-        self.row["peaks"][: len(peaks)] = peaks
-        self.row["group_count"] = len(peaks)
-        self.row["peak"] = max(peaks)
+        row = self.row.copy()
+        row["peaks"][: len(peaks)] = peaks
+        row["group_count"] = len(peaks)
+        row["peak"] = max(peaks)
+        self.row = row
 
     def extend(self, total_steps: int | None) -> None:
         """Stretch the schedule to another length; the warm-up steps stay what they are."""

@@ -12,7 +12,7 @@ import torch
 
 from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable
 from adaptlr.attachment import FAILED, Attachment
-from adaptlr.checkpoint import KEY, unpack
+from adaptlr.checkpoint import KEY
 from adaptlr.config import Decay, Guard, ResolvedConfig, require
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.telemetry import Event, Status, initial_status, make_status
@@ -308,7 +308,7 @@ class AdaptiveLR:
         """
         if KEY not in state_dict:
             raise KeyError(f"state_dict must have the entry {KEY!r}, got {sorted(state_dict)}")
-        self._attachment.restore(unpack(state_dict[KEY], len(self._optimizer.param_groups)))
+        self._attachment.restore(self._attachment.checked(state_dict[KEY]))
 
     def detach(self) -> None:
         """Take the hooks off and leave the optimizer as it is without adaptlr: float lr, the user's own flags.

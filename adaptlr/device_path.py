@@ -158,17 +158,21 @@ class FusedPath(DevicePath):
 
     def bind(self) -> None:
         """Make every group's lr a view into the block, and switch the groups to the fused kernels."""
-        groups = self._optimizer.param_groups
         offset = _extension.LR_OFFSET
         lrs = self._block[offset : offset + 4 * _extension.MAX_GROUPS].view(torch.float32)
-        self._lrs = [lrs[index] for index in range(len(groups))]
+        self._lrs = list(lrs.unbind())
         skip = self._block[_extension.SKIP_OFFSET : _extension.SKIP_OFFSET + 4]
         self._skip = skip.view(torch.float32)[0]
         self._flags = FusedFlags(self._optimizer)
         self._rebind()
 
+    def adopt(self) -> None:
+        """Take in groups that were added."""
+        self._flags.switch_new()
+        self._rebind()
+
     def _rebind(self) -> None:
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
+        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=False):
             if group["lr"] is not lr:
                 group["lr"] = lr
 
@@ -195,7 +199,7 @@ class FusedPath(DevicePath):
 
     def release(self) -> None:
         """Give the groups Python floats and the user's own flags back. Waits for the device."""
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
+        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=False):
             group["lr"] = float(lr)
         self._flags.restore()
 

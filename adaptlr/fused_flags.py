@@ -49,23 +49,32 @@ class FusedFlags:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Switch, and make the optimizer's state fit the fused kernels."""
+        """Switch every group."""
         self._optimizer = optimizer
         self._amp = getattr(optimizer, "_step_supports_amp_scaling", None)
-        self.saved = [
-            {flag: group.get(flag) for flag in _FLAGS} for group in optimizer.param_groups
-        ]
-        switched = [group for group in optimizer.param_groups if not group.get("fused")]
-        for group in optimizer.param_groups:
-            group["fused"] = True
-            self._fit_state(group)
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
-        if switched:
+        self.saved: list[dict[str, Any]] = []
+        self.switch_new()
+
+    def switch_new(self) -> None:
+        """Switch the groups that are not switched yet, and make their state fit the fused kernels."""
+        obstacle = why_not_fused(self._optimizer)
+        if obstacle:
+            raise ValueError(
+                f"a parameter group cannot join the fused path: {obstacle}; "
+                'attach with device_path="float"'
+            )
+        new = self._optimizer.param_groups[len(self.saved) :]
+        self.saved += [{flag: group.get(flag) for flag in _FLAGS} for group in new]
+        if not all(group.get("fused") for group in new):
             logger.info(
                 "%s switched to fused=True, so that lr is read on the device; "
                 'device_path="float" keeps it as it was',
-                type(optimizer).__name__,
+                type(self._optimizer).__name__,
             )
+        for group in new:
+            group["fused"] = True
+            self._fit_state(group)
+        self._optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
     def _fit_state(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:

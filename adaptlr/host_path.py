@@ -129,6 +129,8 @@ class HostPath(Pending):
         self._values: Sequence[float] = ()
         self.preset()
 
+    adopt = bind
+
     def _set(self, lrs: Sequence[float]) -> None:
         """Set every group's rate; in place where the user's lr is a tensor, so that whoever holds it sees it."""
         for index, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):

@@ -1,0 +1,52 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+Loop = Callable[..., Any]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda") and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def make_model() -> Callable[..., torch.nn.Module]:
+    """Return a maker of one small model; the same seed makes the same parameters."""
+
+    def make(seed: int = 0, device: str = "cpu") -> torch.nn.Module:
+        torch.manual_seed(seed)
+        layers = (torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        return torch.nn.Sequential(*layers).to(device)
+
+    return make
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    """Return 64 batches of inputs, always the same."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 6, generator=generator) for _ in range(64)]
+
+
+def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Mean squared error against a fixed function of the inputs."""
+    return (model(batch)[:, 0] - batch[:, 0] * batch[:, 1]).pow(2).mean()
+
+
+def parameters_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    """Whether two lists of tensors are equal bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
