@@ -1,4 +1,4 @@
-"""adaptlr: an adaptive learning-rate controller for any torch optimizer that decides on the device."""
+"""adaptlr: a learning-rate controller for any torch optimizer that decides on the device."""
 
 from adaptlr.config import Guard, Schedule
 from adaptlr.controller import AdaptiveLR

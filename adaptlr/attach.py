@@ -1,4 +1,4 @@
-"""What happens once, when a controller is made: peaks, the choice of the path, and what is refused."""
+"""What happens once, when a controller is made: peaks, the choice of path, what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE_PATHS = ("auto", "fused", "capturable", "float")
 
 
 def refuse_unavailable(**arguments: object) -> None:
-    """Raise for the first argument that has a value: it belongs to a feature that does not exist yet."""
+    """Raise for the first argument that has a value: its feature does not exist yet."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(
@@ -27,7 +27,7 @@ def refuse_unavailable(**arguments: object) -> None:
             )
 
 
-def initial_peaks(optimizer: torch.optim.Optimizer, lr: float | None) -> list[float]:
+def initial_peaks(optimizer: torch.optim.Optimizer, lr: float | str | None) -> list[float]:
     """Return every group's peak; ``lr`` sets that of the largest group, and the ratios stay."""
     peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     if lr is None:
@@ -79,7 +79,7 @@ def _choose_cuda_path(
     from adaptlr.kernel_image import kernel_image
 
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("attach the controller before the capture of a CUDA graph, not within it")
+        raise RuntimeError("attach the controller before the capture of a CUDA graph, not in it")
     image = kernel_image(device.index)
     if image is None:
         return HostPath(optimizer, config, history_size, device)

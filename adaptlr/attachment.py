@@ -1,4 +1,4 @@
-"""One controller bound to one optimizer: what the optimizer's hooks call, step by step and at checkpoints."""
+"""One controller bound to one optimizer: what the hooks call, at steps and at checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TOLD_ONCE = int(Flag.ENDED | Flag.OVERWRITTEN)
 
 
 class Attachment:
-    """Runs the control step before the optimizer's, heeds what it says, and carries its state in checkpoints.
+    """Runs the control step before the optimizer's, heeds its answer, and keeps it in checkpoints.
 
     Attributes:
         optimizer: The user's optimizer.
@@ -59,7 +59,7 @@ class Attachment:
         self._unobserved = 0
         self._loading: Checkpoint | None = None
 
-    # -- steps -------------------------------------------------------------------------------------------------------
+    # -- steps ----------------------------------------------------------------
 
     def before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -75,7 +75,8 @@ class Attachment:
     def _decide(self) -> None:
         """Run the control step, unless nothing was observed: then the clock stands and lr stays.
 
-        An optimizer is also stepped by others, DCP for one, to make its state appear; such a step is not ours.
+        An optimizer is also stepped by others, DCP for one, to make its state appear; such a step
+        is not ours.
         """
         path = self.path
         if path.count == 0:
@@ -111,8 +112,9 @@ class Attachment:
             self._unobserved += 1
         if self._unobserved == _FORGOTTEN_STEPS:
             warnings.warn(
-                f"{_FORGOTTEN_STEPS} optimizer steps in a row came without a loss, so adaptlr stands still: call "
-                "controller.observe(loss) before optimizer.step(), or controller.step(loss) in its place",
+                f"{_FORGOTTEN_STEPS} optimizer steps in a row came without a loss, so adaptlr "
+                "stands still: call controller.observe(loss) before optimizer.step(), or "
+                "controller.step(loss) in its place",
                 stacklevel=6,
             )
 
@@ -126,7 +128,7 @@ class Attachment:
         self.path.adopt()
         self.path.configure()
 
-    # -- notices -----------------------------------------------------------------------------------------------------
+    # -- notices --------------------------------------------------------------
 
     def poll(self) -> None:
         """Heed what the device has said since; a plain read of host memory."""
@@ -135,15 +137,15 @@ class Attachment:
             self.heed(notices)
 
     def heed(self, notices: int) -> None:
-        """Warn once of what the host must hear of; raise `TrainingDiverged` at every call after the end."""
+        """Warn once of what the host must hear of; after the end, raise `TrainingDiverged`."""
         new = notices & self._unheeded
         if new & Flag.ENDED and not self._is_over():
             new &= ~int(Flag.ENDED)  # of before the run was extended
         self._unheeded &= ~(new & _TOLD_ONCE)
         if new & Flag.ENDED:
             warnings.warn(
-                f"total_steps={self.config.total_steps} are over; the last non-zero learning rate is kept. "
-                "Call extend(total_steps) to stretch the schedule",
+                f"total_steps={self.config.total_steps} are over; the last non-zero learning rate "
+                "is kept. Call extend(total_steps) to stretch the schedule",
                 stacklevel=6,
             )
         if new & Flag.OVERWRITTEN:
@@ -170,11 +172,12 @@ class Attachment:
         told = "\n".join(f"  step {e.step}: {e.reason}" for e in self.events()[-_TOLD_EVENTS:])
         raise TrainingDiverged(
             f"the guard has ended the run:\n{told}\n"
-            "The parameters are those of the last step taken. Try a smaller lr or gradient clipping, and look at the "
-            "batches of these steps; Guard(max_consecutive_skips=...) survives longer stretches."
+            "The parameters are those of the last step taken. Try a smaller lr or gradient "
+            "clipping, and look at the batches of these steps; Guard(max_consecutive_skips=...) "
+            "survives longer stretches."
         )
 
-    # -- events ------------------------------------------------------------------------------------------------------
+    # -- events ---------------------------------------------------------------
 
     def events(self) -> list[Event]:
         """Return what the control step did, and what was asked of it, oldest first."""
@@ -191,7 +194,7 @@ class Attachment:
         self._unheeded |= int(Flag.ENDED)
         self.path.configure()
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
+    # -- checkpoints ----------------------------------------------------------
 
     def checkpoint(self) -> torch.Tensor:
         """Return all that is needed to resume, as one tensor. Waits for the device."""
@@ -207,7 +210,7 @@ class Attachment:
         )
 
     def save(self, state_dict: dict[str, Any]) -> None:
-        """Add the state to the optimizer's, whose lr and flags are shown as they are without adaptlr."""
+        """Add the state to the optimizer's, whose lr and flags are shown as the user knows them."""
         for index, group in enumerate(state_dict["param_groups"]):
             group.update(self.path.saved_group(index))
         state_dict["param_groups"][0][KEY] = self.checkpoint()
@@ -219,7 +222,7 @@ class Attachment:
         self._loading = None if saved is None else self.checked(saved)
 
     def checked(self, saved: object) -> Checkpoint:
-        """Read a saved state and try it on a copy of the config; raise if it is not ours or damaged."""
+        """Read a saved state and try it on a copy of the config; raise if it cannot be taken."""
         checkpoint = unpack(saved, len(self.optimizer.param_groups))
         self._apply(checkpoint, copy.copy(self.config))
         return checkpoint
@@ -231,8 +234,8 @@ class Attachment:
         checkpoint, self._loading = self._loading, None
         if checkpoint is None:
             warnings.warn(
-                "the loaded optimizer state holds no adaptlr state; the controller goes on from its own step "
-                f"{int(self.path.state()['step'])}",
+                "the loaded optimizer state holds no adaptlr state; the controller goes on from "
+                f"its own step {int(self.path.state()['step'])}",
                 stacklevel=4,
             )
         else:
@@ -240,7 +243,7 @@ class Attachment:
         self.path.bind()
 
     def _apply(self, checkpoint: Checkpoint, config: ResolvedConfig) -> None:
-        """Let `extend` and `set_peak` survive; what this run's constructor was told differently wins."""
+        """Let `extend` and `set_peak` survive; a constructor that was told differently wins."""
         made_steps, made_peaks = self._made
         if checkpoint.made_steps == made_steps:
             config.extend(checkpoint.total_steps or None)

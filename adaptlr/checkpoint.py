@@ -1,6 +1,7 @@
-"""The controller's state as one float64 tensor, so that it travels inside the optimizer's own state dict.
+"""The controller's state as one float64 tensor that travels in the optimizer's own state dict.
 
-Layout: version, number of State fields, number of groups, the length that the run was made with and the one it has now (0: open-ended),
+Layout: version, number of State fields, number of groups, the length that the run was made with and
+    the one it has now (0: open-ended),
 the peaks that it was made with and those it has now, the State.
 """
 

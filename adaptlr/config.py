@@ -1,4 +1,4 @@
-"""What the user asks for: frozen settings that check themselves, resolved once to the numbers of `Config`."""
+"""What the user asks for: settings that check themselves, resolved to the numbers of `Config`."""
 
 from __future__ import annotations
 
@@ -53,14 +53,16 @@ class Guard:
     """How the controller watches the loss and what it does about trouble.
 
     Args:
-        mode: ``"act"`` skips non-finite steps and backs off on alarms; ``"observe"`` reports the same events and never
-            touches the run: how a careful team starts.
-        backoff_factor: What an alarm multiplies the learning rate by, in (0, 1). A second alarm before the run is quiet
-            again counts twice, a third three times.
-        max_consecutive_skips: Non-finite steps in a row that are survived, at least 1; one more ends the run with
-            `TrainingDiverged`.
-        rewarm_steps: Steps of linear re-warming after a cut; ``None``: 2 % of the run, between 10 and 200.
-        hold_steps: Quiet steps before the learning rate regrows; ``None``: 5 % of the run, between 20 and 500.
+        mode: ``"act"`` skips non-finite steps and backs off on alarms; ``"observe"`` reports the
+            same events and never touches the run: how a careful team starts.
+        backoff_factor: What an alarm multiplies the learning rate by, in (0, 1). A second alarm
+            before the run is quiet again counts twice, a third three times.
+        max_consecutive_skips: Non-finite steps in a row that are survived, at least 1; one more
+            ends the run with `TrainingDiverged`.
+        rewarm_steps: Steps of linear re-warming after a cut; ``None``: 2 % of the run, between 10
+            and 200.
+        hold_steps: Quiet steps before the learning rate regrows; ``None``: 5 % of the run, between
+            20 and 500.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -88,11 +90,12 @@ class Schedule:
     """A decay together with its parameters, for ``AdaptiveLR(decay=...)``.
 
     Args:
-        decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"`` or ``"cosine_restarts"``.
+        decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"`` or
+            ``"cosine_restarts"``.
         decay_share: Share of the steps after warm-up in which ``"wsd"`` decays linearly, in (0, 1].
         cycles: Number of cosine cycles of ``"cosine_restarts"``, at least 1.
-        timescale: Steps of ``"inverse_sqrt"`` in which the rate falls to 1/sqrt(2); ``None``: the warm-up steps, or
-            10,000 without warm-up.
+        timescale: Steps of ``"inverse_sqrt"`` in which the rate falls to 1/sqrt(2); ``None``: the
+            warm-up steps, or 10,000 without warm-up.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -147,10 +150,10 @@ def check_total_steps(total_steps: object) -> None:
 
 
 class ResolvedConfig:
-    """The numbers of `Config` (csrc/state.h) for one run, and the table that its ``table`` field points to.
+    """The numbers of `Config` (csrc/state.h) for one run, and the table that its field points to.
 
-    Everything that may change while a run goes on (its length, its peaks) changes through the methods here, which leave
-    the object as it was when they raise.
+    Everything that may change while a run goes on (its length, its peaks) changes through the
+    methods here, which leave the object as it was when they raise.
     """
 
     def __init__(
@@ -212,7 +215,9 @@ class ResolvedConfig:
     def set_peaks(self, peaks: Sequence[float]) -> None:
         """Set the peak of every group."""
         if len(peaks) > MAX_GROUPS:
-            raise ValueError(f"an optimizer may have {MAX_GROUPS} parameter groups, got {len(peaks)}")
+            raise ValueError(
+                f"optimizer must have at most {MAX_GROUPS} parameter groups, got {len(peaks)}"
+            )
         for group, peak in enumerate(peaks):
             valid = math.isfinite(peak) and peak >= 0.0
             require(valid, f"lr of parameter group {group}", "finite and not negative", peak)

@@ -25,34 +25,36 @@ _attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, AdaptiveLR] = (
 
 
 class AdaptiveLR:
-    """Controls the learning rate of a torch optimizer: warm-up, decay, skips, backing off, regrowth.
+    """Controls the learning rate of a torch optimizer: warm-up, decay, skips, backoff, regrowth.
 
-    Attaches by hooks; the optimizer stays the user's own object and may be stepped by whoever owns the loop. The
-    learning rate of a group is its peak x the guard's factor x the schedule, written before every step.
+    Attaches by hooks; the optimizer stays the user's own object and may be stepped by whoever owns
+    the loop. The learning rate of a group is its peak x the guard's factor x the schedule, written
+    before every step.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`, also inside Accelerate's or Lightning's wrapper.
-        total_steps: Optimizer steps of the run, at least 1; ``None`` only for decays without an end (``"constant"``,
-            ``"inverse_sqrt"``).
-        lr: Peak of the largest group; the others keep their ratios to it. ``None``: every group's own (its
-            ``initial_lr`` where a scheduler has left one).
-        warmup: Linear warm-up, in steps (int) or as a share of the run (float). Large batches and adapters do well
-            with 0.03, full fine-tuning with 0.1.
-        decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"``, ``"cosine_restarts"``, a `Schedule` with
-            parameters, or a callable ``step -> multiplier``, which is tabulated once and takes over after warm-up.
+        total_steps: Optimizer steps of the run, at least 1; ``None`` only for decays without an end
+            (``"constant"``, ``"inverse_sqrt"``).
+        lr: Peak of the largest group; the others keep their ratios to it. ``None``: every group's
+            own (its ``initial_lr`` where a scheduler has left one).
+        warmup: Linear warm-up, in steps (int) or as a share of the run (float). Large batches and
+            adapters do well with 0.03, full fine-tuning with 0.1.
+        decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"``,
+            ``"cosine_restarts"``, a `Schedule` with parameters, or a callable ``step ->
+            multiplier``, which is tabulated once and takes over after warm-up.
         min_lr_ratio: Where the decay ends, as a share of the peak, in [0, 1].
-        guard: What to do about trouble (`Guard`); ``None`` switches it off: the learning rate is then a function of the
-            step alone.
-        device_path: ``"auto"``; ``"fused"``: lr and skip flag are read on the CUDA device by torch's fused kernels;
-            ``"float"``: lr stays a Python float.
+        guard: What to do about trouble (`Guard`); ``None`` switches it off: the learning rate is
+            then a function of the step alone.
+        device_path: ``"auto"``; ``"fused"``: lr and skip flag are read on the CUDA device by
+            torch's fused kernels; ``"float"``: lr stays a Python float.
         history_size: Records kept for `history`, at least 1; 128 bytes each.
         search, check_lr, snapshot, model, process_group, recorder: Not available in this version.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if an argument is out of range, or not available.
-        RuntimeError: if the optimizer already has a controller, if several processes train and ``guard`` is not None,
-            or during the capture of a CUDA graph.
+        RuntimeError: if the optimizer already has a controller, if several processes train and
+            ``guard`` is not None, or during the capture of a CUDA graph.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -72,7 +74,7 @@ class AdaptiveLR:
         optimizer: torch.optim.Optimizer,
         total_steps: int | None,
         *,
-        lr: float | None = None,
+        lr: float | Literal["auto"] | None = None,
         warmup: float = 0.1,
         decay: Decay = "cosine",
         min_lr_ratio: float = 0.0,
@@ -88,7 +90,7 @@ class AdaptiveLR:
     ) -> None:
         """Check everything, then attach."""
         refuse_unavailable(
-            lr="auto" if lr == "auto" else None,
+            lr=lr if lr == "auto" else None,
             search=search,
             check_lr=check_lr or None,
             snapshot=None if snapshot == "off" else snapshot,
@@ -122,7 +124,7 @@ class AdaptiveLR:
         self._hooks = Hooks(self._optimizer, self._attachment, self._path.after_step)
         _attached[self._optimizer] = self
 
-    # -- the loop ----------------------------------------------------------------------------------------------------
+    # -- the loop -------------------------------------------------------------
 
     def observe(
         self,
@@ -131,16 +133,17 @@ class AdaptiveLR:
         grad_norm: torch.Tensor | float | None = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
-        """Hand over the loss of one micro-batch; the next optimizer step decides on all of them together.
+        """Hand over the loss of one micro-batch; the next optimizer step decides on all of them.
 
         Call after the forward pass and before ``optimizer.step()``. Does not wait for the device.
 
         Args:
-            loss: Raw loss, not a smoothed one; one element, any floating dtype, on the parameters' device. NaN and inf
-                are valid observations: the step will be skipped.
-            grad_norm: Global gradient norm before clipping, one element. If it is not finite, the step is skipped.
-            reduction: ``"mean"`` averages the losses of a step; ``"sum"`` adds them up, where the loop has already divided
-                each by the number of micro-batches.
+            loss: Raw loss, not a smoothed one; one element, any floating dtype, on the parameters'
+                device. NaN and inf are valid observations: the step will be skipped.
+            grad_norm: Global gradient norm before clipping, one element. If it is not finite, the
+                step is skipped.
+            reduction: ``"mean"`` averages the losses of a step; ``"sum"`` adds them up, where the
+                loop has already divided each by the number of micro-batches.
 
         Raises:
             TypeError: if ``loss`` is no tensor or float.
@@ -168,7 +171,8 @@ class AdaptiveLR:
 
         Args:
             loss: As for `observe`. May be omitted if it was observed before.
-            closure: Handed to ``optimizer.step``; if nothing was observed, what it returns is the loss.
+            closure: Handed to ``optimizer.step``; if nothing was observed, what it returns is the
+                loss.
             grad_norm: As for `observe`.
 
         Returns:
@@ -204,11 +208,11 @@ class AdaptiveLR:
             raise ValueError("reduction must be the same for all losses of a step")
         self._path.mean = reduction == "mean"
 
-    # -- telemetry ---------------------------------------------------------------------------------------------------
+    # -- telemetry ------------------------------------------------------------
 
     @property
     def lr(self) -> float:
-        """Learning rate of the largest group in the last step that was reported; read without waiting."""
+        """Learning rate of the largest group in the last reported step; read without waiting."""
         row = self._newest()
         return self._coming_lr() if row is None else float(row["lr"])
 
@@ -238,18 +242,19 @@ class AdaptiveLR:
         return make_status(row, self._path.lag, dropped)
 
     def history(self) -> npt.NDArray[Any]:
-        """Return the flight record, oldest first: a structured array, one record a step; see docs/algorithm.md.
+        """Return the flight record, oldest first, without waiting for the device.
 
-        At most the last ``history_size`` records; read without waiting for the device.
+        A structured array, one record a step, at most the last ``history_size``. Its fields are
+        those of ``Record`` in csrc/state.h, ``step``, ``loss``, ``level`` and ``lr`` among them.
         """
         return self._path.core.records(0)
 
     def events(self) -> list[Event]:
-        """Return what the controller did and why, oldest first; read without waiting for the device."""
+        """Return what the controller did and why, oldest first, without waiting for the device."""
         return self._attachment.events()
 
     def check(self) -> None:
-        """Raise `TrainingDiverged` if the guard has ended the run; for loops that only replay a CUDA graph."""
+        """Raise `TrainingDiverged` if the guard has ended the run: for loops over a graph."""
         if self._path.core.notices & FAILED:
             self._attachment.fail()
 
@@ -261,10 +266,10 @@ class AdaptiveLR:
             f"device_path={self._path.name!r})"
         )
 
-    # -- changing course ---------------------------------------------------------------------------------------------
+    # -- changing course ------------------------------------------------------
 
     def set_peak(self, lr: float) -> None:
-        """Set the peak of the largest group from the next step on; the others keep their ratios to it.
+        """Set the peak of the largest group, from the next step on; the others keep their ratios.
 
         Raises:
             ValueError: if ``lr`` is not positive and finite.
@@ -276,7 +281,7 @@ class AdaptiveLR:
         self._changed("set_peak", f"peak learning rate set to {lr:g} (it was {old:g})")
 
     def extend(self, total_steps: int | None) -> None:
-        """Stretch the schedule to ``total_steps`` from the next step on; the warm-up steps stay what they are.
+        """Stretch the schedule to ``total_steps``, from the next step on; warm-up steps stay.
 
         Raises:
             ValueError: if that is shorter than the warm-up.
@@ -293,10 +298,13 @@ class AdaptiveLR:
         factor = 1.0 if row is None else float(row["factor"])
         self._attachment.say(kind, reason, step=step, lr=self.lr, factor=factor)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
+    # -- checkpoints ----------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the controller's state alone; the optimizer's own state dict carries it too. Waits for the device."""
+        """Return the controller's state alone. Waits for the device.
+
+        The optimizer's own state dict carries the same: save one of the two.
+        """
         return {KEY: self._attachment.checkpoint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -304,14 +312,15 @@ class AdaptiveLR:
 
         Raises:
             KeyError: if ``state_dict`` holds no controller.
-            ValueError: if it is of another version, of other groups, or damaged. Nothing is changed then.
+            ValueError: if it is of another version, of other groups, or damaged. Nothing is changed
+                then.
         """
         if KEY not in state_dict:
             raise KeyError(f"state_dict must have the entry {KEY!r}, got {sorted(state_dict)}")
         self._attachment.restore(self._attachment.checked(state_dict[KEY]))
 
     def detach(self) -> None:
-        """Take the hooks off and leave the optimizer as it is without adaptlr: float lr, the user's own flags.
+        """Take the hooks off, and give lr as a float and the user's own flags back.
 
         Waits for the device. `history`, `events` and `status` go on working.
         """
@@ -331,6 +340,7 @@ def _refuse_processes(guard: Guard | None) -> None:
     world_size = distributed.get_world_size()
     if world_size > 1 and guard is not None:
         raise RuntimeError(
-            f"guard must be None where several processes train, got a Guard and a world of {world_size}: ranks could "
-            "decide differently, since losses are not reduced over them yet"
+            "guard must be None where several processes train, got a Guard and a world of "
+            f"{world_size}: ranks could decide differently, since losses are not reduced over "
+            "them yet"
         )

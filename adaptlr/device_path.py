@@ -1,7 +1,8 @@
-"""The control step on a CUDA device: one small kernel before the optimizer's own, and no wait for its result."""
+"""The control step on a CUDA device: one small kernel before the optimizer's own, no wait."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from adaptlr import _extension
-from adaptlr.config import ResolvedConfig
+from adaptlr.config import GuardMode, ResolvedConfig
 from adaptlr.fused_flags import FusedFlags
 from adaptlr.host_path import check_loss
 from adaptlr.pending import Pending
@@ -24,8 +25,8 @@ DTYPES: dict[torch.dtype, int] = {
 LATE_FLOAT_LAG = 2  # steps that the host may run ahead of the factor it applies
 
 
-class DevicePath(Pending):
-    """What both ways of deciding on the device share: pending losses, the block of device memory, the launch."""
+class DevicePath(Pending, ABC):
+    """What both ways of deciding on the device share: losses, device memory, the launch."""
 
     name = ""
     reports_late = True
@@ -56,16 +57,20 @@ class DevicePath(Pending):
             history_size,
             self._stream(self._index),
         )
-        self._first: torch.Tensor | None = None  # kept alive until the kernel that reads it is launched
-        self._reused = False  # the loop's loss lies at one address: fold it before it is overwritten
+        self._first: torch.Tensor | None = None  # alive until the kernel that reads it is launched
+        self._reused = False  # the loop reuses its loss buffer: fold before it is overwritten
         self._grad_norm: torch.Tensor | float = -1.0
         self.launched = 0
         self.bind()
 
-    # -- losses ------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def bind(self) -> None:
+        """Take the groups' learning rates over."""
+
+    # -- losses ---------------------------------------------------------------
 
     def observe(self, loss: torch.Tensor | float) -> None:
-        """Keep the address of the first loss of a step; fold the others in by one small launch each."""
+        """Keep the address of a step's first loss; fold the others in by one small launch each."""
         if self.count and self.observed_anew():
             self.drop()
         if not isinstance(loss, torch.Tensor):
@@ -97,22 +102,23 @@ class DevicePath(Pending):
         self.dropped()
         self._first = None
         self._grad_norm = -1.0
-        offset = _extension.PENDING_OFFSET
-        self._block[offset : offset + _extension.PENDING_BYTES].zero_()
+        self.core.drop_losses(self._stream(self._index))
 
-    # -- the step ----------------------------------------------------------------------------------------------------
+    # -- the step -------------------------------------------------------------
 
     def _launch(self, found_inf: torch.Tensor | None, applied_lr: float) -> int:
-        first, grad_norm = self._first, self._grad_norm
-        on_device = isinstance(grad_norm, torch.Tensor)
+        first, norm = self._first, self._grad_norm
+        address, dtype, value = 0, 0, norm
+        if isinstance(norm, torch.Tensor):
+            address, dtype, value = norm.data_ptr(), DTYPES[norm.dtype], -1.0
         notices = self.core.step(
             self._stream(self._index),
             0 if first is None else first.data_ptr(),
             0 if first is None else DTYPES[first.dtype],
             self.mean,
-            grad_norm.data_ptr() if on_device else 0,  # type: ignore[union-attr]
-            DTYPES[grad_norm.dtype] if on_device else 0,  # type: ignore[union-attr]
-            -1.0 if on_device else grad_norm,
+            address,
+            dtype,
+            value,  # type: ignore[arg-type]
             0 if found_inf is None else found_inf.data_ptr(),
             applied_lr,
         )
@@ -127,7 +133,7 @@ class DevicePath(Pending):
         """Steps that were handed to the device and have not been reported yet."""
         return max(self.launched - self.core.written, 0)
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------
 
     def _device_config(self) -> npt.NDArray[Any]:
         """Return the config with its table, if it has one, in device memory."""
@@ -144,20 +150,20 @@ class DevicePath(Pending):
         return np.array(raw.view(_extension.state_dtype)[0])
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
-        """Hand the present config, and a State if given, to the device; set the rates that follow."""
+        """Hand the config, and a State if given, to the device; set the rates that follow."""
         self.core.configure(self._stream(self._index), self._device_config(), state)
 
     def _rebind(self) -> None:
-        """Take back what another writer has replaced. Never inside a step: DCP sets lr aside there."""
+        """Take back an lr that was replaced. Never inside a step: DCP sets lr aside there."""
 
 
 class FusedPath(DevicePath):
-    """The optimizer's fused kernels read lr and the skip flag from device memory: exact, and no wait anywhere."""
+    """The optimizer's fused kernels read lr and skip flag from device memory: exact, no wait."""
 
     name = "fused"
 
     def bind(self) -> None:
-        """Make every group's lr a view into the block, and switch the groups to the fused kernels."""
+        """Make every group's lr a view into the block; switch the groups to the fused kernels."""
         offset = _extension.LR_OFFSET
         lrs = self._block[offset : offset + 4 * _extension.MAX_GROUPS].view(torch.float32)
         self._lrs = list(lrs.unbind())
@@ -177,7 +183,7 @@ class FusedPath(DevicePath):
                 group["lr"] = lr
 
     def step(self) -> int:
-        """Launch the control step and point the optimizer at the skip flag; return the notices so far."""
+        """Launch the control step, point the optimizer at the skip flag; return the notices."""
         attributes = self._optimizer.__dict__
         self._scaler_flag = attributes.get("found_inf")
         notices = self._launch(self._scaler_flag, -1.0)
@@ -195,7 +201,7 @@ class FusedPath(DevicePath):
             attributes["found_inf"] = self._scaler_flag
 
     def preset(self) -> None:
-        """Nothing to do: the rate of the coming step is on the device, and the kernels read it late."""
+        """Nothing to do: the optimizer's kernels read the rate when it is there."""
 
     def release(self) -> None:
         """Give the groups Python floats and the user's own flags back. Waits for the device."""
@@ -204,15 +210,16 @@ class FusedPath(DevicePath):
         self._flags.restore()
 
     def saved_group(self, index: int) -> dict[str, Any]:
-        """Return what a checkpoint shows of a group in place of the live values. Waits for the device."""
+        """Return what a checkpoint shows of a group in place of the live values. Waits."""
         return {"lr": float(self._lrs[index]), **self._flags.saved[index]}
 
 
 class LateFloatPath(DevicePath):
-    """For optimizers that know lr only as a Python float: the schedule is on time, the factor a little late.
+    """For optimizers that know lr only as a float: schedule on time, factor a little late.
 
-    The host applies the newest factor that the device has reported and runs at most two steps ahead of it. A skipped
-    step has its gradients zeroed on the device, which keeps NaN out; momentum still moves the parameters.
+    The host applies the newest factor that the device has reported and runs at most two steps ahead
+    of it. A skipped step has its gradients zeroed on the device, which keeps NaN out; momentum
+    still moves the parameters.
     """
 
     name = "float"
@@ -221,12 +228,16 @@ class LateFloatPath(DevicePath):
         """Set the rates of the coming step."""
         self._clock = int(self.state()["step"])
         self._factor = float(self.state()["factor"])
+        self._skips = self._config.row["guard_mode"] == GuardMode.ACT
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Take in groups that were added."""
         self._written: list[Any] = [group["lr"] for group in self._optimizer.param_groups]
-        self._skips = int(self._config.row["guard_mode"]) == 2
         self.preset()
 
     def step(self) -> int:
-        """Set the rates from the newest factor, launch the control step, zero the gradients if it says so."""
+        """Set the rates from the newest factor, launch, zero the gradients if told to."""
         self.core.wait(LATE_FLOAT_LAG)
         self._factor = self.core.factor
         groups = self._optimizer.param_groups
@@ -269,7 +280,7 @@ class LateFloatPath(DevicePath):
         self.core.zero_if_skipped(self._stream(self._index), addresses, sizes)
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
-        """Hand the present config, and a State if given, to the device; set the rates that follow."""
+        """Hand the config, and a State if given, to the device; set the rates that follow."""
         super().configure(state)
         if state is not None:
             self._clock, self._factor = int(state["step"]), float(state["factor"])

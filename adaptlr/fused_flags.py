@@ -1,4 +1,4 @@
-"""Switches an optimizer to torch's fused kernels, which read lr and a skip flag on the device, and back again."""
+"""Switches an optimizer to torch's fused kernels, which read lr on the device, and back."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FusedFlags:
         self.switch_new()
 
     def switch_new(self) -> None:
-        """Switch the groups that are not switched yet, and make their state fit the fused kernels."""
+        """Switch the groups that are not switched yet, and fit their state to the fused kernels."""
         obstacle = why_not_fused(self._optimizer)
         if obstacle:
             raise ValueError(
@@ -79,7 +79,8 @@ class FusedFlags:
     def _fit_state(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
             if group.get("momentum") and parameter.requires_grad:
-                # torch leaves the buffer uninitialised if the first step is skipped; zeros give the same first step.
+                # torch leaves the buffer uninitialised if the first step is skipped; zeros give the
+                # same first step.
                 state = self._optimizer.state[parameter]
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -1,7 +1,8 @@
 """How the controller is attached: hooks on the user's own optimizer, which stays what it is.
 
-A proxy or subclass would break DeepSpeed's type check, schedulers' patches and pickling (docs/design.md); hooks work in plain loops,
-GradScaler, Trainer, Accelerate, Lightning, DCP and torch.compile alike.
+A proxy or subclass would break DeepSpeed's type check, schedulers' patches and pickling
+(docs/design.md); hooks work in plain loops, GradScaler, Trainer, Accelerate, Lightning, DCP and
+torch.compile alike.
 """
 
 from __future__ import annotations

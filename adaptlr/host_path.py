@@ -1,4 +1,4 @@
-"""The control step on the host: parameters on the CPU, or on a device that adaptlr has no kernels for."""
+"""The control step on the host: for the CPU, and for devices that adaptlr has no kernels for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from adaptlr.pending import Pending
 
 
 class HostPath(Pending):
-    """Decides at once, sets lr as Python floats before the step, and skips by taking the gradients away.
+    """Decides at once, sets lr before the step, and skips by taking the gradients away.
 
-    Taking the gradients away is an exact skip for every optimizer: parameters, moments and step counts stay.
+    Taking the gradients away is an exact skip for every optimizer: parameters, moments and step
+        counts stay.
 
     Attributes:
         name: How `device_path` calls it.
@@ -46,7 +47,7 @@ class HostPath(Pending):
         self._may_overflow = hasattr(optimizer, "_step_supports_amp_scaling")
         self.bind()
 
-    # -- losses ------------------------------------------------------------------------------------------------------
+    # -- losses ---------------------------------------------------------------
 
     def observe(self, loss: torch.Tensor | float) -> None:
         """Add one loss to what waits."""
@@ -83,7 +84,7 @@ class HostPath(Pending):
         self._total = 0.0
         self._grad_norm = -1.0
 
-    # -- the step ----------------------------------------------------------------------------------------------------
+    # -- the step -------------------------------------------------------------
 
     def step(self) -> int:
         """Run the control step, set the learning rates, skip if told to.
@@ -109,47 +110,46 @@ class HostPath(Pending):
         return code
 
     def preset(self) -> None:
-        """Set the scheduled rates before a closure runs, for optimizers that read lr before they call it."""
+        """Set the scheduled rates before a closure runs: LBFGS reads lr before it calls it."""
         multiplier = self._config.multiplier(int(self.core.state["step"]))
         factor = float(self.core.state["factor"])
         self._set([peak * (factor * multiplier) for peak in self._config.peaks])
 
     def _overflow(self) -> bool:
-        """Whether GradScaler handed this step an infinite gradient (it does so to fused optimizers only)."""
+        """Whether GradScaler, which tells fused optimizers only, found an infinite gradient."""
         found_inf = self._optimizer.__dict__.get("found_inf")
         return found_inf is not None and bool(found_inf)
 
-    # -- learning rates ----------------------------------------------------------------------------------------------
+    # -- learning rates -------------------------------------------------------
 
     def bind(self) -> None:
         """Take the groups' learning rates over, and set those of the coming step."""
         groups = self._optimizer.param_groups
         self._has_tensor_lr = any(isinstance(group["lr"], torch.Tensor) for group in groups)
         self._written = [group["lr"] for group in groups]
-        self._values: Sequence[float] = ()
+        self._values: list[float] = []
         self.preset()
 
     adopt = bind
 
     def _set(self, lrs: Sequence[float]) -> None:
-        """Set every group's rate; in place where the user's lr is a tensor, so that whoever holds it sees it."""
+        """Set every group's rate; in place where the user's lr is a tensor that others may hold."""
         for index, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
             self._written[index] = group["lr"]
-        self._values = lrs
+        if self._has_tensor_lr:  # as the tensors have rounded them
+            self._values = [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def _step_tensors(self, loss: float, overflow: bool) -> int:
         """Do what ``step_groups`` does, where some lr is a tensor."""
         groups = self._optimizer.param_groups
         if len(groups) > len(self._values):
             return _extension.NEW_GROUPS
-        overwritten = any(
-            float(group["lr"]) != float(torch.as_tensor(lr, dtype=getattr(group["lr"], "dtype", torch.float64)))
-            for group, lr in zip(groups, self._values, strict=True)
-        )
+        found = [float(group["lr"]) for group in groups]
+        overwritten = found != self._values
         skip, notices, lrs = self.core.step(loss, self._grad_norm, -1.0, overflow, overwritten)
         self._set(lrs)
         return notices | (_extension.SKIP_STEP if skip else 0)
@@ -161,14 +161,14 @@ class HostPath(Pending):
         """Return what a checkpoint shows of a group in place of the live values."""
         return {"lr": float(self._optimizer.param_groups[index]["lr"])}
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------
 
     def state(self) -> npt.NDArray[Any]:
         """Return a copy of the State."""
         return self.core.state
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
-        """Hand the present config, and a State if given, to the extension; set the rates that follow."""
+        """Hand the config, and a State if given, to the extension; set the rates that follow."""
         self.core.config = self._config.row
         if state is not None:
             self.core.state = state

@@ -1,7 +1,8 @@
-"""The losses that wait for the next optimizer step, and the rules by which a waiting loss turns out to be stale.
+"""The losses that wait for the next optimizer step, and how they turn out to be stale.
 
-Under GradScaler an optimizer that is not fused never reaches ``step`` when gradients overflow, so no hook tells that the
-losses of that step are void. The order of calls does: see `Pending.observed_anew` and `Pending.gradients_cleared`.
+Under GradScaler an optimizer that is not fused never reaches ``step`` when gradients overflow, so
+no hook tells that the losses of that step are void. The order of calls does: see
+`Pending.observed_anew` and `Pending.gradients_cleared`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 
 class Pending:
-    """Counts the losses observed since the last step. Both paths build on it: a call saved on every step.
+    """Counts the losses since the last step. Every path builds on it, which saves calls.
 
     Attributes:
         count: Losses that wait.
@@ -50,7 +51,8 @@ class Pending:
     def gradients_cleared(self) -> bool:
         """Whether what waits is stale, now that the gradients are being cleared.
 
-        It is if gradients are there to be lost, unless this loop observes first and clears afterwards.
+        It is if gradients are there to be lost, unless this loop observes first and clears
+        afterwards.
         """
         if self._observes_first or not self.has_gradients():
             self._cleared = True

@@ -1,13 +1,13 @@
-"""What the controller has seen and done, read from the flight record. Nothing here waits for the device."""
+"""What the controller has seen and done, read from the flight record without any wait."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 
@@ -112,8 +112,9 @@ class Event:
 
     Attributes:
         step: The optimizer step, from 0, at which it happened.
-        kind: ``"skip"``, ``"overflow"``, ``"cut"``, ``"alarm"`` (noticed, not acted on), ``"hold"``, ``"regrow"``,
-            ``"run"``, ``"failed"``, ``"ended"``, ``"resume"``, ``"extend"`` or ``"set_peak"``.
+        kind: ``"skip"``, ``"overflow"``, ``"cut"``, ``"alarm"`` (noticed, not acted on),
+            ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``, ``"ended"``, ``"resume"``,
+            ``"extend"`` or ``"set_peak"``.
         reason: One sentence with the numbers.
         lr: Learning rate of the largest group in that step.
         factor: What the guard multiplies the scheduled rate by from here on.
@@ -176,16 +177,15 @@ def _alarm_reason(row: npt.NDArray[Any], kind: str, rewarm_start: float) -> str:
     )
 
 
-_REASONS = {
+_REASONS: dict[str, Callable[[npt.NDArray[Any]], str]] = {
     "skip": lambda row: f"{_nonfinite(row)}; step skipped",
     "overflow": lambda row: "GradScaler found an infinite gradient; step skipped",
     "failed": lambda row: (
-        f"{_nonfinite(row) if row['flags'] & Flag.NONFINITE else 'gradients overflow'} once more and "
-        "the budget of consecutive skips is spent; no further step is taken"
+        f"{_nonfinite(row) if row['flags'] & Flag.NONFINITE else 'gradients overflow'} once more "
+        "and the budget of consecutive skips is spent; no further step is taken"
     ),
     "hold": lambda row: f"re-warmed to {float(row['factor']):.3g} of the schedule; holding",
     "regrow": lambda row: "the loss has been quiet; the learning rate grows again",
     "run": lambda row: f"regrown to {float(row['factor']):.3g} of the schedule, and left there",
     "ended": lambda row: "total_steps are over; the last non-zero learning rate is kept",
 }
-

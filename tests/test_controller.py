@@ -159,7 +159,8 @@ def test_another_scheduler_gives_one_warning_and_loses(make_model, batches):
         "a torch LRScheduler writes the optimizer's learning rate as well as adaptlr; "
         "adaptlr's value wins in every step. Remove the other"
     ]
-    assert (controller.history()["flags"] & adaptlr.Flag.OVERWRITTEN != 0).tolist() == [False] + [True] * 4
+    overwritten = controller.history()["flags"] & adaptlr.Flag.OVERWRITTEN != 0
+    assert overwritten.tolist() == [False] + [True] * 4
 
 
 def test_a_tensor_lr_of_the_user_is_written_in_place(make_model):
@@ -299,7 +300,7 @@ def test_a_gradient_norm_that_is_not_finite_skips_the_step(make_model, batches):
     assert controller.history()["grad_norm"][0] == math.inf
 
 
-# -- closures --------------------------------------------------------------------------------------------------------
+# -- closures -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by_keyword", [False, True])
@@ -310,9 +311,9 @@ def test_a_closure_is_observed_and_controlled_before_the_update(make_model, batc
     reference = torch.optim.AdamW(plain.parameters(), lr=0.01)
     expected = AdaptiveLR(reference, total_steps=STEPS)
     train(plain, reference, batches, controller=expected)
-    for step in range(STEPS):
+    for batch in batches[:STEPS]:
 
-        def closure(batch: torch.Tensor = batches[step % len(batches)]) -> torch.Tensor:
+        def closure(batch: torch.Tensor = batch) -> torch.Tensor:
             optimizer.zero_grad()
             loss = loss_of(with_closure, batch)
             loss.backward()
@@ -349,7 +350,7 @@ def test_lbfgs_decides_once_a_step_and_skips_a_nan_loss(make_model, batches):
     assert controller.events()[-1].kind == "skip"
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------
+# -- checkpoints --------------------------------------------------------------
 
 
 def noisy(step: int) -> float:
@@ -475,7 +476,7 @@ def test_detach_leaves_a_plain_optimizer(make_model, batches):
     AdaptiveLR(optimizer, total_steps=STEPS)
 
 
-# -- other people's loops --------------------------------------------------------------------------------------------
+# -- other people's loops -----------------------------------------------------
 
 
 def test_a_step_without_a_loss_is_nobody_s_and_changes_nothing_of_ours(make_model):
@@ -485,7 +486,7 @@ def test_a_step_without_a_loss_is_nobody_s_and_changes_nothing_of_ours(make_mode
     before = parameters_of(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.param_groups[0]["lr"] = 0.0  # as torch.distributed.checkpoint does to make state appear
+    optimizer.param_groups[0]["lr"] = 0.0  # as distributed checkpointing makes state appear
     optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 0.0
     assert controller.status().step == 0

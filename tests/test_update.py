@@ -118,7 +118,9 @@ def natural_unit(name: str, trace: Trace) -> float:
     return PEAK if name == "lr" else 1.0
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, name: str, trace: Trace) -> None:
+def assert_close(
+    actual: np.ndarray, expected: np.ndarray, name: str, trace: Trace, rtol: float = RTOL
+) -> None:
     if name in EXACT_FIELDS or np.issubdtype(expected.dtype, np.integer):
         np.testing.assert_array_equal(actual, expected, err_msg=name)
         return
@@ -128,7 +130,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, name: str, trace: Tra
     unit = np.maximum(np.abs(expected), natural_unit(name, trace))
     error = np.abs(actual - expected) / unit
     worst = int(np.argmax(error)) if error.size else 0
-    assert np.all(error <= RTOL), f"{name} is {actual[worst]}, expected {expected[worst]}"
+    assert np.all(error <= rtol), f"{name} is {actual[worst]}, expected {expected[worst]}"
 
 
 @pytest.mark.parametrize(("trace", "config"), CASES)
