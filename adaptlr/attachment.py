@@ -55,9 +55,16 @@ class Attachment:
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
         self._own_events: list[Event] = []
-        self._unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS
-        self._unobserved = 0
+        path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS
+        self.pre_hook = self._connect(path)
         self._loading: Checkpoint | None = None
+
+    def _connect(self, path: Path) -> Callable[..., Any]:
+        """Return what the optimizer calls before its step: on the host a quick way to the same."""
+        if not isinstance(path, HostPath):
+            return self.before_step
+        path.step_slowly, path.answer = self.before_step, self._answer
+        return path.before_step
 
     # -- steps ----------------------------------------------------------------
 
@@ -81,14 +88,18 @@ class Attachment:
         path = self.path
         if path.count == 0:
             return self._note_unobserved()
-        self._unobserved = 0
         code = path.step()
-        if code & self._unheeded:
-            if code == _extension.NEW_GROUPS:
-                self._adopt_groups()
-                code = path.step()
+        if code == _extension.NEW_GROUPS:
+            self._adopt_groups()
+            code = path.step()
+        return self._answer(code)
+
+    def _answer(self, code: int) -> None:
+        """Do what a control step asks of the host: skip where it must, and heed notices."""
+        if code & _extension.SKIP_STEP:
+            self.path.skip()
+        if code & self.path.unheeded:
             self.heed(code)
-        return None
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that runs the control step once, after its first evaluation."""
@@ -109,8 +120,8 @@ class Attachment:
 
     def _note_unobserved(self) -> None:
         if self.path.has_gradients():
-            self._unobserved += 1
-        if self._unobserved == _FORGOTTEN_STEPS:
+            self.path.unobserved += 1
+        if self.path.unobserved == _FORGOTTEN_STEPS:
             warnings.warn(
                 f"{_FORGOTTEN_STEPS} optimizer steps in a row came without a loss, so adaptlr "
                 "stands still: call controller.observe(loss) before optimizer.step(), or "
@@ -133,15 +144,15 @@ class Attachment:
     def poll(self) -> None:
         """Heed what the device has said since; a plain read of host memory."""
         notices = self.path.core.notices
-        if notices & self._unheeded:
+        if notices & self.path.unheeded:
             self.heed(notices)
 
     def heed(self, notices: int) -> None:
         """Warn once of what the host must hear of; after the end, raise `TrainingDiverged`."""
-        new = notices & self._unheeded
+        new = notices & self.path.unheeded
         if new & Flag.ENDED and not self._is_over():
             new &= ~int(Flag.ENDED)  # of before the run was extended
-        self._unheeded &= ~(new & _TOLD_ONCE)
+        self.path.unheeded &= ~(new & _TOLD_ONCE)
         if new & Flag.ENDED:
             warnings.warn(
                 f"total_steps={self.config.total_steps} are over; the last non-zero learning rate "
@@ -158,9 +169,8 @@ class Attachment:
             self.fail()
 
     def _is_over(self) -> bool:
-        core, total_steps = self.path.core, self.config.total_steps
-        newest = core.records(core.written - 1)[-1]
-        return total_steps is not None and bool(newest["step"] >= total_steps)
+        rows, total_steps = self.path.core.newest(), self.config.total_steps
+        return total_steps is not None and len(rows) > 0 and bool(rows["step"][0] >= total_steps)
 
     def _other_writer(self) -> str:
         scheduled = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
@@ -191,7 +201,7 @@ class Attachment:
 
     def reconfigured(self) -> None:
         """Hand a changed config to the path; an extended run may end anew."""
-        self._unheeded |= int(Flag.ENDED)
+        self.path.unheeded |= int(Flag.ENDED)
         self.path.configure()
 
     # -- checkpoints ----------------------------------------------------------

@@ -19,9 +19,7 @@ from adaptlr.telemetry import Event, Status, initial_status, make_status
 
 logger = logging.getLogger("adaptlr")
 
-_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, AdaptiveLR] = (
-    weakref.WeakKeyDictionary()
-)
+_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class AdaptiveLR:
@@ -122,7 +120,7 @@ class AdaptiveLR:
         self._path = choose_path(self._optimizer, config, history_size, device_path)
         self._attachment = Attachment(self._optimizer, config, self._path)
         self._hooks = Hooks(self._optimizer, self._attachment, self._path.after_step)
-        _attached[self._optimizer] = self
+        _attached.add(self._optimizer)
 
     # -- the loop -------------------------------------------------------------
 
@@ -217,9 +215,8 @@ class AdaptiveLR:
         return self._coming_lr() if row is None else float(row["lr"])
 
     def _newest(self) -> npt.NDArray[Any] | None:
-        core = self._path.core
-        rows = core.records(max(core.written - 1, 0))
-        return rows[-1] if len(rows) else None
+        rows = self._path.core.newest()
+        return rows[0] if len(rows) else None
 
     def _coming_lr(self) -> float:
         """Return what the first step will be given, before there is a record."""
@@ -326,7 +323,7 @@ class AdaptiveLR:
         """
         self._hooks.remove()
         self._path.release()
-        _attached.pop(self._optimizer, None)
+        _attached.discard(self._optimizer)
 
     def suspended(self) -> Any:
         """Not available in this version."""

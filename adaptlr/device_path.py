@@ -63,6 +63,9 @@ class DevicePath(Pending, ABC):
         self.launched = 0
         self.bind()
 
+    def skip(self) -> None:
+        """Nothing to do: the device has skipped by itself."""
+
     @abstractmethod
     def bind(self) -> None:
         """Take the groups' learning rates over."""
@@ -178,12 +181,15 @@ class FusedPath(DevicePath):
         self._rebind()
 
     def _rebind(self) -> None:
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=False):
+        known = self._lrs[: len(self._flags.saved)]  # an added group still shows its own peak
+        for group, lr in zip(self._optimizer.param_groups, known, strict=False):
             if group["lr"] is not lr:
                 group["lr"] = lr
 
     def step(self) -> int:
         """Launch the control step, point the optimizer at the skip flag; return the notices."""
+        if len(self._optimizer.param_groups) > len(self._flags.saved):
+            return _extension.NEW_GROUPS
         attributes = self._optimizer.__dict__
         self._scaler_flag = attributes.get("found_inf")
         notices = self._launch(self._scaler_flag, -1.0)
@@ -238,9 +244,11 @@ class LateFloatPath(DevicePath):
 
     def step(self) -> int:
         """Set the rates from the newest factor, launch, zero the gradients if told to."""
+        groups = self._optimizer.param_groups
+        if len(groups) > len(self._written):
+            return _extension.NEW_GROUPS
         self.core.wait(LATE_FLOAT_LAG)
         self._factor = self.core.factor
-        groups = self._optimizer.param_groups
         overwritten = any(
             group["lr"] is not lr for group, lr in zip(groups, self._written, strict=True)
         )

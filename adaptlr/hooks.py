@@ -16,10 +16,7 @@ import torch
 class Attached(Protocol):
     """What the hooks call."""
 
-    def before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Decide, before the optimizer's own step reads lr and gradients."""
+    pre_hook: Callable[..., Any]  # decides, before the optimizer's step reads lr and gradients
 
     def save(self, state_dict: dict[str, Any]) -> None:
         """Put the controller's state into the optimizer's."""
@@ -42,7 +39,7 @@ class Hooks:
     ) -> None:
         """Register all of them; ``after_step`` only where it is needed, since every hook costs."""
         self._handles = [
-            optimizer.register_step_pre_hook(attached.before_step),
+            optimizer.register_step_pre_hook(attached.pre_hook),
             optimizer.register_state_dict_post_hook(lambda _, saved: attached.save(saved)),
             optimizer.register_load_state_dict_pre_hook(lambda _, loaded: attached.check(loaded)),
             optimizer.register_load_state_dict_post_hook(lambda _: attached.load()),

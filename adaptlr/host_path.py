@@ -13,11 +13,17 @@ from adaptlr.config import ResolvedConfig
 from adaptlr.pending import Pending
 
 
-class HostPath(Pending):
+class HostPath(_extension.HostLoop, Pending):
     """Decides at once, sets lr before the step, and skips by taking the gradients away.
 
     Taking the gradients away is an exact skip for every optimizer: parameters, moments and step
-        counts stay.
+    counts stay.
+
+    The usual step never comes here: `HostLoop` takes one tensor loss a step and float rates, and
+    calls ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.
+
+    The usual step never comes here: `HostLoop` takes one tensor loss a step and float rates, and
+    calls ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.
 
     Attributes:
         name: How `device_path` calls it.
@@ -37,77 +43,65 @@ class HostPath(Pending):
         device: torch.device,
     ) -> None:
         """Bind the learning rates of ``optimizer``."""
-        super().__init__(optimizer)
+        _extension.HostLoop.__init__(self, _extension.HostController(config.row, history_size))
+        Pending.__init__(self, optimizer)
         self._config = config
         self._device = device
-        self._on_cpu = device.type == "cpu"
-        self.core = _extension.HostController(config.row, history_size)
-        self._total = 0.0
-        self._grad_norm = -1.0
-        self._may_overflow = hasattr(optimizer, "_step_supports_amp_scaling")
         self.bind()
 
     # -- losses ---------------------------------------------------------------
 
-    def observe(self, loss: torch.Tensor | float) -> None:
-        """Add one loss to what waits."""
-        if self.count:
-            if self.observed_anew():
-                self.drop()
-        else:
-            self._total = 0.0
-        try:
-            value = loss.item() if loss.is_cpu is self._on_cpu else None  # type: ignore[union-attr]
-        except (AttributeError, RuntimeError):
-            value = None
-        if type(value) is not float:
-            value = self._value(loss)
-        self._total += value
+    def observe_slowly(self, loss: torch.Tensor | float) -> None:
+        """Add one loss to what waits: a further one, a float, or one that has to be refused."""
+        if self.count and self.observed_anew():
+            self.drop()
+        value = self._value(loss)
+        self.total = self.total + value if self.count else value
         self.count += 1
 
     def _value(self, loss: object) -> float:
-        """Convert what the quick way does not take; explain what cannot be taken."""
+        """Convert a loss; explain what cannot be taken."""
         if isinstance(loss, torch.Tensor):
             check_loss(loss, self._device)
-            return float(loss)
+            return float(loss.item())
         if isinstance(loss, bool) or not hasattr(loss, "__float__"):
             raise TypeError(f"loss must be a tensor or a float, got {type(loss).__name__}")
         return float(loss)
 
     def observe_grad_norm(self, grad_norm: torch.Tensor | float) -> None:
         """Take the gradient norm of the coming step."""
-        self._grad_norm = float(grad_norm)
+        self.grad_norm = float(grad_norm)
 
     def drop(self) -> None:
         """Forget what waits."""
         self.dropped()
-        self._total = 0.0
-        self._grad_norm = -1.0
+        self.grad_norm = -1.0
 
     # -- the step -------------------------------------------------------------
 
     def step(self) -> int:
-        """Run the control step, set the learning rates, skip if told to.
+        """Run the control step and set the learning rates.
 
         Returns:
-            The notices, with SKIP_STEP added; or NEW_GROUPS alone, and nothing was done.
+            The notices, with SKIP_STEP added if told to; or NEW_GROUPS alone, and nothing was done.
         """
-        loss = self._total if self.count == 1 or not self.mean else self._total / self.count
-        overflow = self._may_overflow and self._overflow()
         groups = self._optimizer.param_groups
-        if self._has_tensor_lr:
-            code = self._step_tensors(loss, overflow)
-        else:
-            code = self.core.step_groups(groups, self._written, loss, self._grad_norm, overflow)
-        if code >= _extension.SKIP_STEP:
-            if code == _extension.NEW_GROUPS:
-                return code
-            for group in groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        self._grad_norm = -1.0
+        if len(groups) > len(self.written):
+            return _extension.NEW_GROUPS
+        loss = self.total / self.count if self.mean else self.total
+        skip, notices, lrs = self.core.step(
+            loss, self.grad_norm, -1.0, self._overflow(), self._was_overwritten()
+        )
+        self.grad_norm = -1.0
         self.taken()
-        return code
+        self._set(lrs)
+        return notices | (_extension.SKIP_STEP if skip else 0)
+
+    def skip(self) -> None:
+        """Take the gradients away."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def preset(self) -> None:
         """Set the scheduled rates before a closure runs: LBFGS reads lr before it calls it."""
@@ -125,34 +119,30 @@ class HostPath(Pending):
     def bind(self) -> None:
         """Take the groups' learning rates over, and set those of the coming step."""
         groups = self._optimizer.param_groups
-        self._has_tensor_lr = any(isinstance(group["lr"], torch.Tensor) for group in groups)
-        self._written = [group["lr"] for group in groups]
-        self._values: list[float] = []
+        has_tensor_lr = any(isinstance(group["lr"], torch.Tensor) for group in groups)
+        self.plain = not has_tensor_lr and not hasattr(
+            self._optimizer, "_step_supports_amp_scaling"
+        )
         self.preset()
 
     adopt = bind
 
     def _set(self, lrs: Sequence[float]) -> None:
         """Set every group's rate; in place where the user's lr is a tensor that others may hold."""
-        for index, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):
+        groups = self._optimizer.param_groups
+        for group, lr in zip(groups, lrs, strict=True):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-            self._written[index] = group["lr"]
-        if self._has_tensor_lr:  # as the tensors have rounded them
-            self._values = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self.written[:] = [group["lr"] for group in groups]
+        self._tensor_lrs = [(lr, float(lr)) for lr in self.written if isinstance(lr, torch.Tensor)]
 
-    def _step_tensors(self, loss: float, overflow: bool) -> int:
-        """Do what ``step_groups`` does, where some lr is a tensor."""
-        groups = self._optimizer.param_groups
-        if len(groups) > len(self._values):
-            return _extension.NEW_GROUPS
-        found = [float(group["lr"]) for group in groups]
-        overwritten = found != self._values
-        skip, notices, lrs = self.core.step(loss, self._grad_norm, -1.0, overflow, overwritten)
-        self._set(lrs)
-        return notices | (_extension.SKIP_STEP if skip else 0)
+    def _was_overwritten(self) -> bool:
+        """Whether something else has replaced an lr, or changed a tensor lr in place."""
+        groups = zip(self._optimizer.param_groups, self.written, strict=True)
+        replaced = any(group["lr"] is not lr for group, lr in groups)
+        return replaced or any(float(tensor) != lr for tensor, lr in self._tensor_lrs)
 
     def release(self) -> None:
         """Leave the groups as a user without adaptlr expects them: nothing to do for floats."""

@@ -17,6 +17,10 @@ class Pending:
         count: Losses that wait.
         last_count: Losses that the last step used.
         mean: Whether the step's loss is their mean (else their sum).
+        unobserved: Optimizer steps in a row that came without a loss.
+        unheeded: Notices that the host has not been told of yet.
+        cleared: Whether zero_grad was called after the first waiting loss.
+        observes_first: Whether this loop calls zero_grad between observe and backward.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -25,28 +29,29 @@ class Pending:
         self.count = 0
         self.last_count = 0
         self.mean = True
-        self._cleared = False  # zero_grad was called after the first waiting loss
-        self._observes_first = False  # this loop calls zero_grad between observe and backward
+        self.unobserved = 0
+        self.unheeded = 0
+        self.cleared = False
+        self.observes_first = False
 
     def taken(self) -> None:
         """Note that a step has used the waiting losses."""
         self.last_count = self.count
-        self.count = 0
-        if self._cleared:
-            self._observes_first = True
-            self._cleared = False
+        self.count = self.unobserved = 0
+        self.observes_first |= self.cleared
+        self.cleared = False
 
     def dropped(self) -> None:
         """Note that the waiting losses are void."""
         self.count = 0
-        self._cleared = False
+        self.cleared = False
 
     def observed_anew(self) -> bool:
         """Whether what waits is stale, now that another loss arrives.
 
         It is if every step had a single loss so far, and the gradients of the waiting one are gone.
         """
-        return self.last_count == 1 and (self._cleared or not self.has_gradients())
+        return self.last_count == 1 and (self.cleared or not self.has_gradients())
 
     def gradients_cleared(self) -> bool:
         """Whether what waits is stale, now that the gradients are being cleared.
@@ -54,8 +59,8 @@ class Pending:
         It is if gradients are there to be lost, unless this loop observes first and clears
         afterwards.
         """
-        if self._observes_first or not self.has_gradients():
-            self._cleared = True
+        if self.observes_first or not self.has_gradients():
+            self.cleared = True
             return False
         return True
 

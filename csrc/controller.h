@@ -1,4 +1,5 @@
-// One control step: loss in, learning rate out. The host, the kernel and the captured graph run these same lines.
+// One control step: loss in, learning rate out. The host, the kernel and the captured graph run
+// these same lines.
 #pragma once
 
 #include "guard.h"
@@ -13,22 +14,27 @@ ADAPTLR_HOST_DEVICE inline State initial_state() {
   return state;
 }
 
-ADAPTLR_HOST_DEVICE inline int32_t outer_flags(const Config& config, const Signals& signals, const State& state) {
+ADAPTLR_HOST_DEVICE inline int32_t outer_flags(const Config& config, const Signals& signals,
+                                               const State& state) {
   int32_t flags = 0;
-  if (signals.overwritten) flags |= kOverwritten;
-  if (config.total_steps > 0.0 && state.step >= config.total_steps) flags |= kEnded;
+  if (signals.overwritten)
+    flags |= kOverwritten;
+  if (config.total_steps > 0.0 && state.step >= config.total_steps)
+    flags |= kEnded;
   return flags;
 }
 
-/// A negative gradient norm means that none was given. Where GradScaler has found the overflow, the norm says no more.
+/// A negative gradient norm means that none was given. Where GradScaler has found the overflow, the
+/// norm says no more.
 ADAPTLR_HOST_DEVICE inline int32_t gradient_flags(const Signals& signals) {
-  if (signals.overflow) return kOverflow;
+  if (signals.overflow)
+    return kOverflow;
   return is_finite(signals.grad_norm) ? 0 : kNonfinite;
 }
 
 /// The step as it was measured, before the guard changes anything.
-ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measured, double scale, const State& state,
-                                            Record& record) {
+ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measured, double scale,
+                                            const State& state, Record& record) {
   record.step = static_cast<int64_t>(state.step);
   record.loss = signals.loss;
   record.level = state.level;
@@ -40,19 +46,25 @@ ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measure
   record.rise = state.rise;
   record.grad_norm = signals.grad_norm < 0.0 ? nan("") : signals.grad_norm;
   record.previous_factor = state.factor;
-  record.previous_phase = static_cast<int32_t>(phase_of(state));
+  record.previous_phase = static_cast<int16_t>(phase_of(state));
 }
 
-/// Advances the run by one optimizer step. No allocation, no I/O. A failed run measures nothing and skips every step.
-ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Signals& signals, State& state,
-                                                 Record& record) {
+/// Advances the run by one optimizer step. No allocation, no I/O. A failed run measures nothing and
+/// skips every step.
+ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Signals& signals,
+                                                 State& state, Record& record) {
   Decision decision{0.0, Action::kSkip, outer_flags(config, signals, state)};
   const bool failed = phase_of(state) == Phase::kFailed;
-  double scale = scale_of(state);
-  if (!failed) decision.flags |= gradient_flags(signals) | detect(signals.loss, state, scale);
+  double scale;
+  if (failed)
+    scale = scale_of(state);
+  else
+    decision.flags |= gradient_flags(signals) | detect(signals.loss, state, scale);
   fill_record(signals, !failed && is_finite(signals.loss), scale, state, record);
-  if (!failed) decision.action = guard(config, signals, decision.flags, state);
-  if (decision.action == Action::kSkip && config.guard_mode == GuardMode::kAct) state.skips += 1.0;
+  if (!failed)
+    decision.action = guard(config, signals, decision.flags, state);
+  if (decision.action == Action::kSkip && config.guard_mode == GuardMode::kAct)
+    state.skips += 1.0;
 
   decision.multiplier = state.factor * schedule(config, state.step);
   state.lr = signals.applied_lr >= 0.0 ? signals.applied_lr : config.peak * decision.multiplier;
@@ -60,19 +72,24 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
 
   record.lr = state.lr;
   record.factor = state.factor;
-  record.phase = static_cast<int32_t>(phase_of(state));
-  record.flags = decision.flags;
-  record.action = static_cast<int32_t>(decision.action);
+  record.phase = static_cast<int16_t>(phase_of(state));
+  record.flags = static_cast<int16_t>(decision.flags);
+  record.action = static_cast<int16_t>(decision.action);
   return decision;
 }
 
 /// Whether a record belongs among the events: something was done, or would have been.
-ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, const State& state, const Record& record) {
-  if (record.flags & kEnded && record.step == static_cast<int64_t>(config.total_steps)) return true;
-  if (config.guard_mode == GuardMode::kOff) return false;
-  if (record.previous_phase == static_cast<int32_t>(Phase::kFailed)) return false;
+ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, const State& state,
+                                         const Record& record) {
+  if (record.flags & kEnded && record.step == static_cast<int64_t>(config.total_steps))
+    return true;
+  if (config.guard_mode == GuardMode::kOff)
+    return false;
+  if (record.previous_phase == static_cast<int32_t>(Phase::kFailed))
+    return false;
   const bool answered = state.last_alarm == static_cast<double>(record.step);
-  return answered || record.flags & (kNonfinite | kOverflow) || record.phase != record.previous_phase;
+  return answered || record.flags & (kNonfinite | kOverflow) ||
+         record.phase != record.previous_phase;
 }
 
 } // namespace adaptlr

@@ -3,7 +3,8 @@
 namespace adaptlr {
 
 HostController::HostController(const Config& config, int64_t history_size)
-    : config(config), state(initial_state()), memory_(FlightRecord::bytes(history_size) / sizeof(Record)),
+    : config(config), state(initial_state()),
+      memory_(FlightRecord::bytes(history_size) / sizeof(Record)),
       flight_record_(memory_.data(), history_size) {}
 
 Decision HostController::step(const Signals& signals) {

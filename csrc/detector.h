@@ -1,43 +1,52 @@
-// Robust statistics of the loss curve and the charts that watch them: sections 2 and 3 of docs/algorithm.md.
+// Robust statistics of the loss curve and the charts that watch them: sections 2 and 3 of
+// docs/algorithm.md.
 #pragma once
 
-#include "state.h"
+#include "arithmetic.h"
 
 namespace adaptlr {
 
-constexpr double kLossLimit = 1e30;       // what is larger counts as not finite: float32 has almost given up there
-constexpr double kGain = 1.0 / 128.0;     // of the moving statistics
-constexpr double kClip = 2.5;             // scores are clipped here: an outlier moves the level by 0.02 scales at most
-constexpr double kClipVariance = 0.9775599834528069; // E[min(Z^2, c^2)] = (2 Phi - 1) - 2 c phi + 2 c^2 (1 - Phi)
-constexpr double kSignGain = 1.0 / 512.0; // slow, so that a divergence cannot raise its own threshold
-constexpr double kSignPrior = 32.0;       // samples of independent noise assumed at the start
+constexpr double kLossLimit =
+    1e30; // what is larger counts as not finite: float32 has almost given up there
+constexpr double kGain = 1.0 / 128.0; // of the moving statistics
+constexpr double kClip =
+    2.5; // scores are clipped here: an outlier moves the level by 0.02 scales at most
+constexpr double kClipVariance =
+    0.9775599834528069; // E[min(Z^2, c^2)] = (2 Phi - 1) - 2 c phi + 2 c^2 (1 - Phi)
+constexpr double kSignGain =
+    1.0 / 512.0;                    // slow, so that a divergence cannot raise its own threshold
+constexpr double kSignPrior = 32.0; // samples of independent noise assumed at the start
 constexpr double kMaxCorrelation = 0.9;
 constexpr double kStartupSamples = 16.0;
 constexpr double kDriftSamples = 32.0;
-constexpr double kMaxSamples = 1e6;       // 1 / n is below every gain long before
-constexpr double kCusumSlack = 0.5;       // half the shift to be found, in scales
-constexpr double kCusumLimit = 16.0;      // Siegmund: over 1e7 steps between false alarms
+constexpr double kMaxSamples = 1e6;  // 1 / n is below every gain long before
+constexpr double kCusumSlack = 0.5;  // half the shift to be found, in scales
+constexpr double kCusumLimit = 16.0; // Siegmund: over 1e7 steps between false alarms
 constexpr double kOutlierScore = 6.0;
 constexpr double kOutlierRun = 5.0;
-constexpr double kSpikeRate = 1e-3;       // at most, in the long run
+constexpr double kSpikeRate = 1e-3; // at most, in the long run
 constexpr double kSpikeGain = 0.5;
-constexpr double kDriftErrors = 6.5;      // standard errors
-constexpr double kDriftShare = 0.1;       // of the progress made
+constexpr double kSpikeGrowth = 1.6478971161205929; // exp(kSpikeGain (1 - kSpikeRate))
+constexpr double kDriftErrors = 6.5;                // standard errors
+constexpr double kDriftShare = 0.1;                 // of the progress made
 constexpr double kBestLeak = 1.0 / 2048.0;
-constexpr double kMinScaleShare = 1e-3;   // movements below this share of the progress never count
-constexpr double kRoundoff = 5e-7;        // of the level: a float32 loss resolves no less
+constexpr double kMinScaleShare = 1e-3; // movements below this share of the progress never count
+constexpr double kRoundoff = 5e-7;      // of the level: a float32 loss resolves no less
 constexpr double kTiny = 1e-30;
 constexpr double kRebaseSamples = 32.0;
 
 ADAPTLR_HOST_DEVICE inline bool is_finite(double x) { return fabs(x) <= kLossLimit; }
 
-ADAPTLR_HOST_DEVICE inline double clamp(double x, double low, double high) { return fmin(fmax(x, low), high); }
+ADAPTLR_HOST_DEVICE inline double clamp(double x, double low, double high) {
+  return fmin(fmax(x, low), high);
+}
 
-/// Variance of the least-squares slope of unit noise, over n samples or the window of the gain (equation 9).
+/// Variance of the least-squares slope of unit noise, over n samples or the window of the gain
+/// (equation 9).
 ADAPTLR_HOST_DEVICE inline double slope_variance(double n) {
   constexpr double kOdds = kGain / (2.0 - kGain);
   constexpr double kWindow = 2.0 * kOdds * kOdds * kOdds;
-  return fmax(12.0 / (n * n * n - n), kWindow);
+  return fmax(divide(12.0, n * n * n - n), kWindow);
 }
 
 /// Discounted regression over a relative clock (equations 7 and 8): no sum grows with time.
@@ -46,13 +55,15 @@ ADAPTLR_HOST_DEVICE inline void regress(double gain, double residual, State& sta
   state.age_covariance = (1.0 - gain) * (state.age_covariance + gain * age * residual);
   state.age_variance = (1.0 - gain) * (state.age_variance + gain * age * age);
   state.mean_age = (1.0 - gain) * age;
-  state.slope = state.age_covariance / state.age_variance;
+  state.slope = divide(state.age_covariance, state.age_variance);
 }
 
-/// Three losses in a row over three times the largest so far: no statistics are needed to call that divergence.
+/// Three losses in a row over three times the largest so far: no statistics are needed to call that
+/// divergence.
 ADAPTLR_HOST_DEVICE inline bool refuse(double loss, State& state) {
   const double range = 2.0 * fmax(fabs(state.max_loss), fabs(state.min_loss));
-  if (state.samples <= 4.0 || !(loss - state.max_loss > range)) return false;
+  if (state.samples <= 4.0 || !(loss - state.max_loss > range))
+    return false;
   state.samples -= 1.0;
   state.observed -= 1.0;
   state.outlier_run += 1.0;
@@ -62,9 +73,10 @@ ADAPTLR_HOST_DEVICE inline bool refuse(double loss, State& state) {
 /// Plain running moments of the first losses (equation 3).
 ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
   state.score = state.rise = state.t_statistic = 0.0;
-  if (refuse(loss, state)) return state.outlier_run >= 3.0 ? kDiverge | kWorse : 0;
+  if (refuse(loss, state))
+    return state.outlier_run >= 3.0 ? kDiverge | kWorse : 0;
   const double n = state.samples;
-  const double gain = 1.0 / n;
+  const double gain = divide(1.0, n);
   const bool first = n == 1.0;
   state.max_loss = first ? loss : fmax(state.max_loss, loss);
   state.min_loss = first ? loss : fmin(state.min_loss, loss);
@@ -72,7 +84,8 @@ ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
   const double residual = first ? 0.0 : loss - state.level;
   state.level = first ? loss : state.level + gain * residual;
   state.variance = (1.0 - gain) * (state.variance + gain * residual * residual);
-  if (!first) regress(gain, residual, state);
+  if (!first)
+    regress(gain, residual, state);
   state.spike_threshold = kOutlierScore;
   if (state.observed <= kStartupSamples) {
     state.start_level = state.best_level = state.level;
@@ -88,56 +101,61 @@ ADAPTLR_HOST_DEVICE inline double scale_floor(const State& state) {
 }
 
 ADAPTLR_HOST_DEVICE inline double scale_of(const State& state) {
-  const double deviation = sqrt(state.variance);
+  const double deviation = square_root(state.variance);
   return state.samples <= kStartupSamples ? deviation : fmax(deviation, scale_floor(state));
 }
 
 /// One loss far out, against a threshold that calibrates itself to kSpikeRate.
 ADAPTLR_HOST_DEVICE inline int32_t spike_chart(State& state) {
   if (state.score > state.spike_threshold) {
-    state.spike_threshold *= exp(kSpikeGain * (1.0 - kSpikeRate));
+    state.spike_threshold *= kSpikeGrowth;
     return kSpike;
   }
-  state.spike_threshold = fmax(kOutlierScore, state.spike_threshold * (1.0 - kSpikeGain * kSpikeRate));
+  state.spike_threshold =
+      fmax(kOutlierScore, state.spike_threshold * (1.0 - kSpikeGain * kSpikeRate));
   return 0;
 }
 
-/// Long-run variance factor of the noise, from the agreement of successive signs (equation 6). Products of scores
-/// would let an excursion raise its own threshold.
+/// Long-run variance factor of the noise, from the agreement of successive signs (equation 6).
+/// Products of scores would let an excursion raise its own threshold.
 ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, State& state) {
   const double centred = bounded - state.mean_score;
-  const double sign_gain = fmax(kSignGain, 1.0 / (state.samples + kSignPrior));
+  const double sign_gain = fmax(kSignGain, divide(1.0, state.samples + kSignPrior));
   const double agreement = (centred > 0.0) == (state.previous_score > 0.0) ? 1.0 : -1.0;
   state.sign_agreement += sign_gain * (agreement - state.sign_agreement);
   state.previous_score = centred;
   state.mean_score += gain * (bounded - state.mean_score);
-  const double correlation = clamp(sin(0.5 * kPi * state.sign_agreement), 0.0, kMaxCorrelation);
-  return (1.0 + correlation) / (1.0 - correlation);
+  const double correlation = clamp(sin_quarter_turns(state.sign_agreement), 0.0, kMaxCorrelation);
+  return divide(1.0 + correlation, 1.0 - correlation);
 }
 
 /// The loss runs away: a cumulative sum of bounded scores, or a run of outliers.
 ADAPTLR_HOST_DEVICE inline int32_t diverge_chart(double bounded, double tau, State& state) {
-  state.cusum = fmax(0.0, state.cusum + bounded / sqrt(kClipVariance * tau) - kCusumSlack);
+  state.cusum =
+      fmax(0.0, state.cusum + bounded * inverse_square_root(kClipVariance * tau) - kCusumSlack);
   state.outlier_run = state.score > kOutlierScore ? state.outlier_run + 1.0 : 0.0;
   return state.cusum > kCusumLimit || state.outlier_run >= kOutlierRun ? kDiverge : 0;
 }
 
 /// Huber's proposal 2 (equation 5): one bounded score moves location and scale.
-ADAPTLR_HOST_DEVICE inline void track(double gain, double bounded, double residual, double floor, State& state) {
+ADAPTLR_HOST_DEVICE inline void track(double gain, double bounded, double residual, double floor,
+                                      State& state) {
   state.level += gain * residual;
-  state.variance =
-      fmax(state.variance, floor * floor) * (1.0 + gain * (bounded * bounded / kClipVariance - 1.0));
+  state.variance = fmax(state.variance, floor * floor) *
+                   (1.0 + gain * (bounded * bounded * (1.0 / kClipVariance) - 1.0));
 }
 
 ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const State& state) {
-  const double explained = state.age_covariance * state.age_covariance / state.age_variance;
+  const double explained = state.age_covariance * state.slope; // C^2 / V
   const double residual_variance = fmax(state.variance - explained, 0.05 * state.variance);
-  return state.slope / sqrt(fmax(slope_variance(state.samples) * residual_variance * tau, 1e-38));
+  const double variance = slope_variance(state.samples) * residual_variance * tau;
+  return state.slope * inverse_square_root(fmax(variance, 1e-38));
 }
 
-/// The level has risen above its best, or above its start. Both sides of the comparison are estimates.
-ADAPTLR_HOST_DEVICE inline int32_t level_charts(double gain, double scale, double tau, State& state) {
-  const double effective = fmin(state.samples, 2.0 / gain - 1.0);
+/// The level has risen above its best, or above its start. Both sides of the comparison are
+/// estimates.
+ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, State& state) {
+  const double effective = fmin(state.samples, 2.0 / kGain - 1.0); // Kish
   if (state.level < state.best_level) {
     state.best_level = state.level;
     state.best_samples = effective;
@@ -145,20 +163,25 @@ ADAPTLR_HOST_DEVICE inline int32_t level_charts(double gain, double scale, doubl
     state.best_level += kBestLeak * (state.level - state.best_level);
   }
   const double risen = state.level - state.best_level;
-  state.rise = risen / (scale * sqrt(tau * (1.0 / effective + 1.0 / state.best_samples)));
-  if (state.samples <= kDriftSamples) return 0;
-  const bool drift =
-      state.rise > kDriftErrors && risen > kDriftShare * fmax(state.start_level - state.best_level, 0.0);
-  const double start_error = scale * sqrt(tau * (1.0 / effective + 1.0 / kStartupSamples));
-  const bool worse = state.level - fmax(state.start_level, state.best_level) > kDriftErrors * start_error;
+  const double per_sample = divide(1.0, effective);
+  state.rise = divide(risen, scale) *
+               inverse_square_root(tau * (per_sample + divide(1.0, state.best_samples)));
+  if (state.samples <= kDriftSamples)
+    return 0;
+  const bool drift = state.rise > kDriftErrors &&
+                     risen > kDriftShare * fmax(state.start_level - state.best_level, 0.0);
+  const double start_error = scale * square_root(tau * (per_sample + 1.0 / kStartupSamples));
+  const bool worse =
+      state.level - fmax(state.start_level, state.best_level) > kDriftErrors * start_error;
   return (drift ? kDrift : 0) | (worse ? kWorse : 0);
 }
 
-/// Takes one loss in and returns the flags of the charts. A loss that is not finite changes nothing. `scale` receives
-/// the scale that the score was measured in.
+/// Takes one loss in and returns the flags of the charts. A loss that is not finite changes
+/// nothing. `scale` receives the scale that the score was measured in.
 ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& scale) {
   scale = scale_of(state);
-  if (!is_finite(loss)) return kNonfinite;
+  if (!is_finite(loss))
+    return kNonfinite;
   state.samples = fmin(state.samples + 1.0, kMaxSamples);
   state.observed += 1.0;
   if (state.samples <= kStartupSamples) {
@@ -166,10 +189,10 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& sca
     scale = scale_of(state);
     return flags;
   }
-  const double gain = fmax(kGain, 1.0 / state.samples);
+  const double gain = fmax(kGain, divide(1.0, state.samples));
   const double floor = scale_floor(state);
-  scale = fmax(sqrt(state.variance), floor);
-  state.score = (loss - state.level) / scale;
+  scale = fmax(scale, floor);
+  state.score = divide(loss - state.level, scale);
   const double bounded = clamp(state.score, -kClip, kClip);
   const double residual = scale * bounded;
   int32_t flags = spike_chart(state);
@@ -178,17 +201,19 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& sca
   regress(gain, residual, state);
   track(gain, bounded, residual, floor, state);
   state.t_statistic = slope_t_statistic(tau, state);
-  return flags | level_charts(gain, scale, tau, state);
+  return flags | level_charts(scale, tau, state);
 }
 
-/// Forgets how sure the statistics were; `accept` also takes the present level for the new reference.
+/// Forgets how sure the statistics were; `accept` also takes the present level for the new
+/// reference.
 ADAPTLR_HOST_DEVICE inline void rebase(double loss, bool accept, State& state) {
   state.samples = fmin(state.samples, kRebaseSamples);
   state.mean_age = fmin(state.mean_age, 0.5 * kRebaseSamples);
   state.age_variance = fmin(state.age_variance, kRebaseSamples * kRebaseSamples / 12.0);
   state.age_covariance = state.cusum = state.outlier_run = 0.0;
   state.max_loss = fmax(state.max_loss, loss);
-  if (!accept) return;
+  if (!accept)
+    return;
   state.best_level = state.level;
   state.best_samples = state.samples;
   state.start_level = fmax(state.start_level, state.level);

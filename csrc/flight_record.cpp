@@ -5,19 +5,26 @@
 namespace adaptlr {
 namespace {
 
+constexpr int64_t kArriving = 8; // lines that the count may be ahead of
+
 int64_t acquire(const int64_t& count) { return __atomic_load_n(&count, __ATOMIC_ACQUIRE); }
 
-/// `slots` is one more than the records that can be asked for: the writer may be at work in the slot after its last
-/// published one, so the record that was there is never handed out.
+/// A line may not have arrived yet, or be in the middle of being overwritten.
+bool is_whole(const Record& line, int64_t sequence) {
+  return line.sequence == sequence && line.checksum == checksum_of(line);
+}
+
+/// `slots` is one more than the records that can be asked for, as the writer may be at work in one.
 std::vector<Record> read(const Record* memory, int64_t slots, const int64_t& count, int64_t since) {
   const int64_t last = acquire(count);
   const int64_t first = std::max({since, last + 1 - slots, int64_t{0}});
   std::vector<Record> copies;
   copies.reserve(static_cast<std::size_t>(std::max(last - first, int64_t{0})));
-  for (int64_t i = first; i < last; ++i) copies.push_back(memory[i % slots]);
-  __atomic_thread_fence(__ATOMIC_ACQUIRE);
-  const int64_t overwritten = acquire(count) + 1 - slots - first;
-  copies.erase(copies.begin(), copies.begin() + std::clamp(overwritten, int64_t{0}, last - first));
+  for (int64_t i = first; i < last; ++i) {
+    const Record line = memory[i % slots];
+    if (is_whole(line, i + 1))
+      copies.push_back(line);
+  }
   return copies;
 }
 
@@ -25,7 +32,8 @@ std::vector<Record> read(const Record* memory, int64_t slots, const int64_t& cou
 
 FlightRecord::FlightRecord(void* memory, int64_t capacity) {
   auto* lines = static_cast<Record*>(memory); // the first line holds the header
-  ring_ = Ring{reinterpret_cast<RingHeader*>(lines), lines + 1, lines + 1 + capacity + 1, capacity + 1};
+  ring_ =
+      Ring{reinterpret_cast<RingHeader*>(lines), lines + 1, lines + 1 + capacity + 1, capacity + 1};
 }
 
 std::size_t FlightRecord::bytes(int64_t capacity) {
@@ -40,6 +48,13 @@ int64_t FlightRecord::dropped_events() const {
 
 std::vector<Record> FlightRecord::records(int64_t since) const {
   return read(ring_.records, ring_.slots, ring_.header->records, since);
+}
+
+std::vector<Record> FlightRecord::newest() const {
+  std::vector<Record> lines = records(written() - kArriving);
+  if (!lines.empty())
+    lines.erase(lines.begin(), lines.end() - 1);
+  return lines;
 }
 
 std::vector<Record> FlightRecord::events(int64_t since) const {

@@ -10,7 +10,8 @@ namespace adaptlr {
 
 class FlightRecord {
 public:
-  /// Lays the rings out in `memory`, which holds bytes(capacity), all zero, and outlives this object.
+  /// Lays the rings out in `memory`, which holds bytes(capacity), all zero, and outlives this
+  /// object.
   FlightRecord(void* memory, int64_t capacity);
 
   static std::size_t bytes(int64_t capacity);
@@ -23,6 +24,9 @@ public:
   /// Copies of the records numbered above `since` that are still there, oldest first.
   std::vector<Record> records(int64_t since) const;
   std::vector<Record> events(int64_t since) const;
+
+  /// The newest record that has arrived, or none.
+  std::vector<Record> newest() const;
 
 private:
   Ring ring_;

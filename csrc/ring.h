@@ -1,12 +1,17 @@
-// The flight record: a ring of records and a ring of events, written by the control step and read by the host while
-// the run goes on. One writer; readers never make it wait.
+// The flight record: a ring of records and a ring of events, written by the control step and read
+// by the host while the run goes on. One writer; readers never make it wait, and it waits for none.
 //
-// A seqlock over the whole ring: the writer fills a slot, then publishes the new count; a reader copies what the count
-// covers, reads the count again and drops the slots that may have been overwritten meanwhile. Events are records too,
-// kept apart so that the stream of ordinary records cannot push them out.
+// Every line carries its number and a checksum. A reader copies a line and takes it only if both
+// are right; so lines and counts may arrive in any order. A seqlock would need a fence between
+// them, and waiting for the host bus costs a GPU as much as the whole arithmetic of a step.
+// Events are records too, kept apart so that the stream of ordinary records cannot push them out.
 #pragma once
 
 #include "controller.h"
+
+#ifndef __CUDACC_RTC__
+#include <cstring>
+#endif
 
 namespace adaptlr {
 
@@ -21,7 +26,7 @@ struct RingHeader {
 };
 constexpr int64_t kFailedNotice = 1 << 16;
 
-/// Where the rings are. The counts are the writer's own: it never reads back what it published.
+/// Where the rings are. The writer counts by itself: it never reads back what it published.
 struct Ring {
   RingHeader* header;
   Record* records;
@@ -29,36 +34,48 @@ struct Ring {
   int64_t slots; // of records: one more than can be read
 };
 
-ADAPTLR_HOST_DEVICE inline void publish_fence() {
-#ifdef __CUDA_ARCH__
-  __threadfence_system();
-#else
-  __atomic_thread_fence(__ATOMIC_RELEASE);
-#endif
+constexpr unsigned kLineWords = sizeof(Record) / sizeof(uint64_t);
+
+/// A word as it enters the checksum: turned by its place, so that words which change by the same
+/// amount from line to line do not cancel.
+ADAPTLR_HOST_DEVICE inline uint64_t turned(uint64_t word, unsigned place) {
+  const unsigned bits = 4 * place + 1;
+  return word << bits | word >> (64 - bits);
 }
 
 ADAPTLR_HOST_DEVICE inline int64_t notices_of(const Record& record) {
-  const bool failed = record.phase == static_cast<int32_t>(Phase::kFailed);
+  const bool failed = record.phase == static_cast<int16_t>(Phase::kFailed);
   return (record.flags & (kEnded | kOverwritten)) | (failed ? kFailedNotice : 0);
 }
 
-/// Appends a record, and publishes it. `counts` is the writer's private copy of the header.
-ADAPTLR_HOST_DEVICE inline void append(const Ring& ring, const Record& record, bool event, RingHeader& counts) {
-  Record line = record;
-  line.sequence = counts.records + 1;
-  ring.records[counts.records % ring.slots] = line;
+#ifndef __CUDACC_RTC__
+/// Of all words but the last, where the checksum itself lies.
+inline uint64_t checksum_of(const Record& record) {
+  uint64_t words[kLineWords];
+  memcpy(words, &record, sizeof(words));
+  uint64_t checksum = 0;
+  for (unsigned place = 0; place + 1 < kLineWords; ++place)
+    checksum ^= turned(words[place], place);
+  return checksum;
+}
+
+inline Record sealed(Record line, int64_t sequence) {
+  line.sequence = sequence;
+  line.checksum = checksum_of(line);
+  return line;
+}
+
+/// Appends a record on the host. `counts` is the writer's private copy of the header.
+inline void append(const Ring& ring, const Record& record, bool event, RingHeader& counts) {
+  ring.records[counts.records % ring.slots] = sealed(record, counts.records + 1);
   if (event) {
-    line.sequence = counts.events + 1;
-    ring.events[counts.events % kEventSlots] = line;
+    ring.events[counts.events % kEventSlots] = sealed(record, counts.events + 1);
     counts.events += 1;
   }
   counts.records += 1;
   counts.notices |= notices_of(record);
-  publish_fence();
-  volatile RingHeader* header = ring.header;
-  header->events = counts.events;
-  header->notices = counts.notices;
-  header->records = counts.records;
+  *ring.header = counts;
 }
+#endif
 
 } // namespace adaptlr

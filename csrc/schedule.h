@@ -1,26 +1,34 @@
 // Warm-up and decay in closed form: equation 2 of docs/algorithm.md.
 #pragma once
 
-#include "state.h"
+#include "arithmetic.h"
 
 namespace adaptlr {
 
-/// Share of the peak that is left after the share `x` of the steps after warm-up; `step` is the clock.
+/// (1 + cos(pi x)) / 2, written so that it is exactly 0 at x = 1 and does not cancel on the way.
+ADAPTLR_HOST_DEVICE inline double half_cosine(double x) {
+  const double sine = sin_quarter_turns(1.0 - x);
+  return sine * sine;
+}
+
+/// Share of the peak that is left after the share `x` of the steps after warm-up; `step` is the
+/// clock.
 ADAPTLR_HOST_DEVICE inline double decay(const Config& config, double step, double x) {
   switch (config.decay) {
   case Decay::kCosine:
-    return 0.5 * (1.0 + cos(kPi * x));
+    return half_cosine(x);
   case Decay::kLinear:
     return 1.0 - x;
   case Decay::kConstant:
     return 1.0;
   case Decay::kWsd:
-    return fmin(1.0, (1.0 - x) / config.decay_share);
+    return fmin(1.0, divide(1.0 - x, config.decay_share));
   case Decay::kInverseSqrt:
-    return sqrt(config.timescale / (step + 1.0 - config.warmup_steps + config.timescale));
+    return square_root(
+        divide(config.timescale, step + 1.0 - config.warmup_steps + config.timescale));
   case Decay::kCosineRestarts: {
     const double cycle = config.cycles * x;
-    return 0.5 * (1.0 + cos(kPi * (cycle - ceil(cycle) + 1.0)));
+    return half_cosine(cycle - ceil(cycle) + 1.0);
   }
   case Decay::kTable:
     return reinterpret_cast<const double*>(config.table)[static_cast<int64_t>(step)];
@@ -28,13 +36,17 @@ ADAPTLR_HOST_DEVICE inline double decay(const Config& config, double step, doubl
   return 1.0;
 }
 
-/// Multiplier of the peak lr at `step`. A pure function of the clock: a resumed run needs nothing else.
+/// Multiplier of the peak lr at `step`. A pure function of the clock: a resumed run needs nothing
+/// else.
 ADAPTLR_HOST_DEVICE inline double schedule(const Config& config, double step) {
-  if (step < config.warmup_steps) return (step + 1.0) / config.warmup_steps;
+  if (step < config.warmup_steps)
+    return divide(step + 1.0, config.warmup_steps);
   const bool open_ended = config.total_steps == 0.0;
-  if (!open_ended && step >= config.total_steps) return config.final_multiplier;
-  const double x =
-      open_ended ? 0.0 : (step - config.warmup_steps + 1.0) / (config.total_steps - config.warmup_steps);
+  if (!open_ended && step >= config.total_steps)
+    return config.final_multiplier;
+  const double x = open_ended ? 0.0
+                              : divide(step - config.warmup_steps + 1.0,
+                                       config.total_steps - config.warmup_steps);
   return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * decay(config, step, x);
 }
 
@@ -42,7 +54,8 @@ ADAPTLR_HOST_DEVICE inline double schedule(const Config& config, double step) {
 ADAPTLR_HOST_DEVICE inline double final_multiplier(const Config& config) {
   for (double step = config.total_steps - 1.0; step >= 0.0; step -= 1.0) {
     const double multiplier = schedule(config, step);
-    if (multiplier > 0.0) return multiplier;
+    if (multiplier > 0.0)
+      return multiplier;
   }
   return 0.0;
 }

@@ -1,5 +1,5 @@
-// The data that the algorithm works on. docs/algorithm.md defines every quantity; the names are the same there, in
-// adaptlr/reference.py, in records and in checkpoints.
+// The data that the algorithm works on. docs/algorithm.md defines every quantity; the names are the
+// same there, in adaptlr/reference.py, in records and in checkpoints.
 #pragma once
 
 #ifdef __CUDACC__
@@ -12,6 +12,8 @@
 #ifdef __CUDACC_RTC__
 using int32_t = int;
 using int64_t = long long;
+using int16_t = short;
+using uint64_t = unsigned long long;
 #else
 #include <cmath>
 #include <cstdint>
@@ -20,9 +22,16 @@ using int64_t = long long;
 namespace adaptlr {
 
 constexpr int kMaxGroups = 64;
-constexpr double kPi = 3.14159265358979323846;
 
-enum class Decay : int64_t { kCosine, kLinear, kConstant, kWsd, kInverseSqrt, kCosineRestarts, kTable };
+enum class Decay : int64_t {
+  kCosine,
+  kLinear,
+  kConstant,
+  kWsd,
+  kInverseSqrt,
+  kCosineRestarts,
+  kTable
+};
 enum class GuardMode : int64_t { kOff, kObserve, kAct };
 enum class Phase : int32_t { kRun, kRewarm, kHold, kRegrow, kFailed };
 enum class Action : int32_t { kNone, kSkip };
@@ -64,7 +73,8 @@ struct Config {
 struct Signals {
   double loss;         // mean or sum of the micro-batch losses; NaN and inf are valid
   double grad_norm;    // before clipping; negative: not given
-  double applied_lr;   // lr of the largest group in this step where the host sets it; negative: the controller sets it
+  double applied_lr;   // lr of the largest group in this step where the host sets it; negative: the
+                       // controller sets it
   int32_t overflow;    // GradScaler found an infinite gradient
   int32_t overwritten; // something else wrote the lr since the last step
 };
@@ -109,7 +119,8 @@ struct State {
   double cuts;                  // of the factor so far
 };
 constexpr int kStateFields = 36;
-static_assert(sizeof(State) == kStateFields * sizeof(double), "a State is a row of a float64 tensor");
+static_assert(sizeof(State) == kStateFields * sizeof(double),
+              "a State is a row of a float64 tensor");
 
 /// What a step is told to do.
 struct Decision {
@@ -134,10 +145,11 @@ struct Record {
   double lr;        // of the largest group
   double factor;
   double previous_factor;
-  int32_t phase;
-  int32_t previous_phase;
-  int32_t flags;
-  int32_t action;
+  int16_t phase;
+  int16_t previous_phase;
+  int16_t flags;
+  int16_t action;
+  uint64_t checksum; // of the rest, made by seal() in ring.h
 };
 static_assert(sizeof(Record) == 128, "records are copied in whole cache lines");
 

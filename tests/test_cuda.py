@@ -164,6 +164,7 @@ def test_the_fused_path_equals_a_bare_fused_loop_and_skips_without_a_trace(name,
     assert same(parameters_of(controlled), parameters_of(bare))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_device(make_model, data):
     model = make_model(device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -376,11 +377,10 @@ def test_late_float_applies_a_cut_within_two_steps_and_says_what_was_applied(mak
     torch.cuda.synchronize()
     history = controller.history()
     assert history["lr"].tolist() == applied
-    cut = next(event.step for event in controller.events() if event.kind == "cut")
-    requested = 0.1 * history["factor"]
-    late = next(step for step in range(cut, 300) if applied[step] < 0.1)
-    assert cut < late <= cut + 2
-    np.testing.assert_allclose(applied[late + 5 : 290], requested[late + 5 : 290], rtol=0.2)
+    assert any(event.kind == "cut" for event in controller.events())
+    factors = history["factor"].tolist()
+    for step in range(3, 300):
+        assert applied[step] in [0.1 * factor for factor in factors[step - 2 : step]]
 
 
 def test_zeroing_reaches_every_byte_and_no_other(make_model):
@@ -502,10 +502,13 @@ def test_what_cannot_be_done_is_said_at_once(make_model):
     with pytest.raises(ValueError, match="not possible: foreach=True was set"):
         AdaptiveLR(foreach, total_steps=10, device_path="fused")
     other = torch.optim.SGD(make_model(device="cuda").parameters(), lr=0.1)
+    scratch = torch.zeros(1, device="cuda")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="before the capture"):
-        AdaptiveLR(other, total_steps=10)
+    with torch.cuda.graph(graph):
+        scratch.add_(1)
+        with pytest.raises(RuntimeError, match="before the capture"):
+            AdaptiveLR(other, total_steps=10)
 
 
 def test_device_path_float_leaves_the_optimizer_s_flags_alone(make_model):
@@ -536,10 +539,11 @@ def test_every_image_gives_the_same_run(kernels, tmp_path):
         pytest.skip("built without nvcc")
     environment = {**os.environ, "ADAPTLR_KERNELS": kernels, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", SCRIPT]
-    outputs = [
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        for _ in range(2 if kernels == "nvrtc" else 1)
-    ]
+    outputs = []
+    for _ in range(2 if kernels == "nvrtc" else 1):
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        outputs.append(run.stdout)
     lrs = [eval(output.split(") ", 1)[1]) for output in outputs]
     reference = adaptlr.AdaptiveLR(
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), total_steps=10, guard=None

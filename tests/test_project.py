@@ -143,7 +143,7 @@ def test_public_name_is_documented(name):
 def test_public_methods_are_documented(name):
     value = getattr(adaptlr, name)
     for method, member in vars(value).items():
-        if not method.startswith("_") and (inspect.isfunction(member) or inspect.isroutine(member)):
+        if not method.startswith("_") and (callable(member) or isinstance(member, property)):
             assert inspect.getdoc(member), method
 
 

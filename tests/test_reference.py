@@ -513,7 +513,7 @@ def fields_in_header(struct: str) -> list[str]:
         ("Config", [field.name for field in dataclasses.fields(Config)]),
         ("Signals", [field.name for field in dataclasses.fields(Signals)]),
         ("State", [field.name for field in dataclasses.fields(State)]),
-        ("Record", ["sequence", *Record._fields]),
+        ("Record", ["sequence", *Record._fields, "checksum"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -524,7 +524,7 @@ def test_fields_have_one_name(struct, names):
 @pytest.mark.parametrize("enumeration", [Decay, GuardMode, Phase, Action], ids=lambda e: e.__name__)
 def test_enumerations_have_one_order(enumeration):
     header = (Path(__file__).parents[1] / "csrc" / "state.h").read_text()
-    body = re.search(rf"enum class {enumeration.__name__} : \w+ {{(.*?)}};", header)[1]
+    body = re.search(rf"enum class {enumeration.__name__} : \w+ {{(.*?)}};", header, re.DOTALL)[1]
     names = [
         re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper() for name in re.findall(r"k(\w+)", body)
     ]

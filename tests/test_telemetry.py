@@ -127,3 +127,22 @@ def test_enumerations_are_those_of_the_extension():
     assert Action(record["action"]) is Action.SKIP
     assert Flag(int(record["flags"])) is Flag.NONFINITE
     assert control.events()[-1].kind == "failed"
+
+
+def test_a_line_that_has_not_arrived_is_not_shown():
+    """On a GPU lines and counts reach the host in any order; every line proves itself."""
+    rotations = [4 * place + 1 for place in range(15)]  # turned() in csrc/ring.h
+
+    def checksum(record: np.void) -> int:
+        words = np.frombuffer(record.tobytes()[: 8 * 15], dtype=np.uint64).tolist()
+        total = 0
+        for word, bits in zip(words, rotations, strict=True):
+            total ^= (word << bits | word >> (64 - bits)) & (2**64 - 1)
+        return total
+
+    control = controller()
+    for loss, _ in zip(noise(), range(20), strict=False):
+        control.step(loss)
+    assert [checksum(record) for record in control.history()] == control.history()[
+        "checksum"
+    ].tolist()

@@ -1,0 +1,172 @@
+"""What is timed: the arms of a comparison, and the anchors that a training loop pays anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adaptlr._extension import FLOAT32, DeviceController, HostController
+from adaptlr.bench.eager import EagerController
+from adaptlr.bench.setup import (
+    SMALL,
+    TOTAL_STEPS,
+    WARMUP_STEPS,
+    Model,
+    attach,
+    make_optimizer,
+    set_device_lr,
+    set_skip_flag,
+    settle,
+)
+from adaptlr.bench.timing import Subject
+from adaptlr.controller import AdaptiveLR
+
+BARE = "optimizer.step()"
+FLAGGED = "optimizer.step() with torch's skip flag"
+ATTACHED = "observe(loss); optimizer.step() with adaptlr"
+OBSERVE = "observe(loss) alone"
+CONTROL = "control step alone"
+EMPTY = "empty kernel through the same binding"
+COSINE = "CosineAnnealingLR.step()"
+SCHEDULED = "CosineAnnealingLR.step(); optimizer.step()"
+EAGER = "the statistics in eager torch ops"
+
+Losses = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The same optimizer bare and attached, to be timed in pairs."""
+
+    subjects: list[Subject]
+    controller: AdaptiveLR
+
+
+def make_arms(
+    name: str, groups: int, model: Model, losses: Losses, calls: int, flagged: bool
+) -> Arms:
+    """Return the arms of one comparison; ``flagged`` adds torch's skip flag without adaptlr."""
+    device = losses[0].device
+    optimizers = [make_optimizer(name, groups, model, device) for _ in range(3 if flagged else 2)]
+    bare, attached = optimizers[0], optimizers[1]
+    controller = attach(attached, losses)
+
+    def observed_step(loss: torch.Tensor) -> None:
+        controller.observe(loss)
+        attached.step()
+
+    subjects = [
+        Subject(BARE, lambda _: bare.step(), calls),
+        Subject(ATTACHED, observed_step, calls),
+    ]
+    if flagged:
+        with_flag = optimizers[2]
+        set_skip_flag(with_flag, device)
+        subjects.insert(1, Subject(FLAGGED, lambda _: with_flag.step(), calls))
+    return Arms(subjects, controller)
+
+
+def make_anchors(losses: Losses, calls: int) -> list[Subject]:
+    """Return the parts of adaptlr, and what they are to be compared with."""
+    schedulers = [
+        scheduler_subject(kind, tensor_lr, losses, calls)
+        for kind in (COSINE, "SequentialLR(Linear, Cosine).step()")
+        for tensor_lr in (False, True)
+    ]
+    return [
+        scheduled_step(losses, calls),
+        *controller_subjects(losses, calls),
+        *schedulers,
+        plateau_subject(losses, calls),
+        Subject("loss.item()", lambda loss: loss.item(), calls),
+        eager_subject(losses, calls=3),
+    ]
+
+
+def controller_subjects(losses: Losses, calls: int) -> list[Subject]:
+    """Return the parts of what adaptlr does in a step."""
+    optimizer = make_optimizer("SGD", 1, SMALL, losses[0].device)
+    controller = attach(optimizer, losses)
+    path = controller._path
+
+    def observe(loss: torch.Tensor) -> None:
+        controller.observe(loss)
+        path.count = 0  # as after a step
+
+    subjects = [Subject(OBSERVE, observe, calls)]
+    if losses[0].is_cuda:
+        subjects += device_subjects(controller, losses, calls)
+    else:
+        core = HostController(controller._attachment.config.row, history_size=1000)
+        subjects.append(Subject(CONTROL, lambda _: core.step(2.0), calls))
+    return subjects
+
+
+def device_subjects(controller: AdaptiveLR, losses: Losses, calls: int) -> list[Subject]:
+    """Return the bare launches of the control step and of a kernel that does nothing.
+
+    Raises:
+        RuntimeError: if adaptlr has no kernels on this device.
+    """
+    core = controller._path.core
+    if not isinstance(core, DeviceController):
+        raise RuntimeError(
+            "adaptlr has no kernels for this GPU and decides on the host; measure with --device cpu"
+        )
+    stream = torch._C._cuda_getCurrentRawStream(losses[0].get_device())
+    return [
+        Subject(CONTROL, lambda loss: core.step(stream, loss.data_ptr(), FLOAT32, True), calls),
+        Subject(EMPTY, lambda _: core.launch_empty(stream), calls),
+    ]
+
+
+def scheduled_step(losses: Losses, calls: int) -> Subject:
+    """Return a step with a scheduler, which finds caches that the optimizer has filled."""
+    device = losses[0].device
+    optimizer, stepped = (make_optimizer("SGD", 1, SMALL, device) for _ in range(2))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL_STEPS)
+    optimizer.step()
+    settle(scheduler)
+
+    def step(_: torch.Tensor) -> None:
+        scheduler.step()
+        stepped.step()  # not the scheduler's own, which it has wrapped
+
+    return Subject(SCHEDULED, step, calls)
+
+
+def scheduler_subject(kind: str, tensor_lr: bool, losses: Losses, calls: int) -> Subject:
+    """Return a torch scheduler over one group; its lr is a float, or a tensor on the device."""
+    schedulers = torch.optim.lr_scheduler
+    device = losses[0].device
+    optimizer = make_optimizer("SGD", 1, SMALL, device)
+    if tensor_lr:
+        set_device_lr(optimizer, device)
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    if kind == COSINE:
+        scheduler = schedulers.CosineAnnealingLR(optimizer, TOTAL_STEPS)
+    else:
+        linear = schedulers.LinearLR(optimizer, total_iters=WARMUP_STEPS)
+        cosine = schedulers.CosineAnnealingLR(optimizer, TOTAL_STEPS)
+        scheduler = schedulers.SequentialLR(optimizer, [linear, cosine], [WARMUP_STEPS])
+    optimizer.step()  # torch warns of a scheduler that is stepped first
+    settle(scheduler)
+    name = f"{kind}, tensor lr" if tensor_lr else kind
+    return Subject(name, lambda _: scheduler.step(), calls)
+
+
+def plateau_subject(losses: Losses, calls: int) -> Subject:
+    """Return torch's plateau rule, which reads the loss on the host."""
+    optimizer = make_optimizer("SGD", 1, SMALL, losses[0].device)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=TOTAL_STEPS)
+    return Subject("ReduceLROnPlateau.step(loss)", plateau.step, calls)
+
+
+def eager_subject(losses: Losses, calls: int) -> Subject:
+    """Return the same arithmetic without an extension."""
+    controller = attach(make_optimizer("SGD", 1, SMALL, losses[0].device), losses)
+    config = controller._attachment.config.row
+    eager = EagerController(controller._path.state(), config, losses[0].device)
+    return Subject(EAGER, eager.step, calls)

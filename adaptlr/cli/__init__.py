@@ -1,0 +1,50 @@
+"""The command line: ``adaptlr COMMAND``.
+
+Each command is a function in a file of its own, registered at the end of this one. It raises
+`adaptlr.cli.errors.CommandError` for whatever the user can put right. What is slow to import
+(transformers, matplotlib) is imported inside the function, so that ``--help`` answers quickly.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise SystemExit('adaptlr: the command line needs typer; pip install "adaptlr[cli]"') from None
+
+from adaptlr.cli.bench import bench
+from adaptlr.cli.demo import demo
+from adaptlr.cli.errors import CommandGroup
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if that is what was asked for."""
+    if wanted:
+        typer.echo(f"adaptlr {version('adaptlr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def adaptlr(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Learning-rate autopilot for PyTorch."""
+
+
+# One line for each command.
+app.command()(demo)
+app.command()(bench)

@@ -1,0 +1,310 @@
+// Argument checks and the definition of the module; no arithmetic.
+#include "cpu.h"
+#include "cuda.h"
+#include "embedded.h"
+#include "host_loop.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+using namespace adaptlr;
+
+namespace {
+
+// A struct as a row of a structured NumPy array. pybind11's own PYBIND11_NUMPY_DTYPE formats names
+// with iostreams, which crash where a toolchain links libstdc++ statically beside torch's.
+
+template <typename T> std::string format_of() {
+  if constexpr (std::is_array_v<T>)
+    return "(" + std::to_string(std::extent_v<T>) + ",)" + format_of<std::remove_extent_t<T>>();
+  else if constexpr (std::is_enum_v<T>)
+    return format_of<std::underlying_type_t<T>>();
+  else
+    return (std::is_floating_point_v<T> ? "f"
+            : std::is_signed_v<T>       ? "i"
+                                        : "u") +
+           std::to_string(sizeof(T));
+}
+
+/// The dtype of T, made once by define_layout and alive as long as the process.
+template <typename T> py::dtype& layout() {
+  static auto* dtype = new py::dtype();
+  return *dtype;
+}
+
+struct Field {
+  const char* name;
+  std::string format;
+  std::size_t offset;
+};
+
+template <typename T>
+void define_layout(py::module_& module, const char* name, const std::vector<Field>& fields) {
+  py::list names, formats, offsets;
+  for (const Field& field : fields) {
+    names.append(field.name);
+    formats.append(field.format);
+    offsets.append(field.offset);
+  }
+  const auto arguments = py::dict(py::arg("names") = names, py::arg("formats") = formats,
+                                  py::arg("offsets") = offsets, py::arg("itemsize") = sizeof(T));
+  layout<T>() = py::dtype::from_args(arguments);
+  module.attr(name) = layout<T>();
+}
+
+template <typename T> py::array to_row(const T& value) {
+  return py::array(layout<T>(), std::vector<py::ssize_t>{}, &value);
+}
+
+template <typename T> py::array to_rows(const std::vector<T>& values) {
+  return py::array(layout<T>(), std::vector<py::ssize_t>{static_cast<py::ssize_t>(values.size())},
+                   values.data());
+}
+
+template <typename T> T from_row(const py::array& row) {
+  if (!row.dtype().equal(layout<T>()) || row.size() != 1)
+    throw py::value_error("expected one row of " + std::string(py::str(layout<T>())) + ", got " +
+                          std::to_string(row.size()) + " of " + std::string(py::str(row.dtype())));
+  T value;
+  std::memcpy(&value, row.data(), sizeof(T));
+  return value;
+}
+
+py::tuple lrs_of(const Config& config, double multiplier) {
+  py::tuple lrs(static_cast<std::size_t>(config.group_count));
+  for (int64_t g = 0; g < config.group_count; ++g)
+    PyTuple_SET_ITEM(lrs.ptr(), g, PyFloat_FromDouble(config.peaks[g] * multiplier));
+  return lrs;
+}
+
+/// (skip, notices, lr of every group)
+py::tuple host_step(HostController& controller, double loss, double grad_norm, double applied_lr,
+                    bool overflow, bool overwritten) {
+  const Decision decision =
+      controller.step(Signals{loss, grad_norm, applied_lr, overflow, overwritten});
+  return py::make_tuple(decision.action == Action::kSkip, controller.flight_record().notices(),
+                        lrs_of(controller.config, decision.multiplier));
+}
+
+/// What both controllers offer: their flight record.
+template <typename Controller> void define_flight_record(py::class_<Controller>& controller) {
+  controller
+      .def(
+          "records",
+          [](const Controller& c, int64_t since) {
+            return to_rows(c.flight_record().records(since));
+          },
+          py::arg("since") = 0)
+      .def(
+          "events",
+          [](const Controller& c, int64_t since) {
+            return to_rows(c.flight_record().events(since));
+          },
+          py::arg("since") = 0)
+      .def("newest", [](const Controller& c) { return to_rows(c.flight_record().newest()); })
+      .def_property_readonly("written",
+                             [](const Controller& c) { return c.flight_record().written(); })
+      .def_property_readonly("notices",
+                             [](const Controller& c) { return c.flight_record().notices(); })
+      .def_property_readonly(
+          "dropped_events", [](const Controller& c) { return c.flight_record().dropped_events(); });
+}
+
+#define ADAPTLR_FIELD(T, name)                                                                     \
+  Field { #name, format_of<decltype(T::name)>(), offsetof(T, name) }
+#define ADAPTLR_FIELDS(T, ...) {PYBIND11_MAP_LIST(ADAPTLR_FIELD, T, __VA_ARGS__)}
+
+void define_layouts(py::module_& module) {
+  define_layout<Config>(module, "config_dtype",
+                        ADAPTLR_FIELDS(Config, total_steps, warmup_steps, min_lr_ratio, decay_share,
+                                       cycles, timescale, final_multiplier, backoff_factor,
+                                       rewarm_steps, hold_steps, regrow_growth,
+                                       max_consecutive_skips, peak, peaks, group_count, decay,
+                                       guard_mode, table));
+  define_layout<State>(module, "state_dtype",
+                       ADAPTLR_FIELDS(State, step, lr, samples, observed, level, variance, mean_age,
+                                      age_variance, age_covariance, sign_agreement, previous_score,
+                                      mean_score, cusum, outlier_run, spike_threshold, best_level,
+                                      best_samples, start_level, max_loss, min_loss, slope,
+                                      t_statistic, score, rise, phase, phase_step, factor,
+                                      cut_factor, ceiling, onset_lr, streak, last_alarm,
+                                      consecutive_skips, consecutive_overflows, skips, cuts));
+  define_layout<Record>(module, "record_dtype",
+                        ADAPTLR_FIELDS(Record, sequence, step, loss, level, scale, slope,
+                                       t_statistic, score, cusum, rise, grad_norm, lr, factor,
+                                       previous_factor, phase, previous_phase, flags, action,
+                                       checksum));
+  module.attr("MAX_GROUPS") = kMaxGroups;
+  module.attr("FAILED_NOTICE") = kFailedNotice;
+}
+
+Dtype dtype_of(int code) {
+  if (code < 0 || code >= kDtypes)
+    throw py::value_error("dtype must be FLOAT32, FLOAT64, FLOAT16 or BFLOAT16, got " +
+                          std::to_string(code));
+  return static_cast<Dtype>(code);
+}
+
+// Addresses and streams come as integers: the extension knows nothing of torch.
+const void* pointer_of(std::uintptr_t address) { return reinterpret_cast<const void*>(address); }
+driver::Stream stream_of(std::uintptr_t stream) { return reinterpret_cast<driver::Stream>(stream); }
+
+StepParams step_params(std::uintptr_t loss, int loss_dtype, bool mean, std::uintptr_t grad_norm,
+                       int grad_norm_dtype, double grad_norm_value, std::uintptr_t overflow,
+                       double applied_lr) {
+  StepParams params{};
+  params.loss = pointer_of(loss);
+  params.grad_norm = pointer_of(grad_norm);
+  params.overflow = static_cast<const float*>(pointer_of(overflow));
+  params.grad_norm_value = grad_norm_value;
+  params.applied_lr = applied_lr;
+  params.loss_dtype = dtype_of(loss_dtype);
+  params.grad_norm_dtype = dtype_of(grad_norm_dtype);
+  params.mean = mean;
+  return params;
+}
+
+void zero_if_skipped(DeviceController& controller, std::uintptr_t stream,
+                     const std::vector<std::uintptr_t>& addresses,
+                     const std::vector<int64_t>& sizes) {
+  if (addresses.size() != sizes.size())
+    throw py::value_error("addresses and sizes must have the same length, got " +
+                          std::to_string(addresses.size()) + " and " +
+                          std::to_string(sizes.size()));
+  std::vector<Range> ranges(sizes.size());
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] < 0)
+      throw py::value_error("sizes must not be negative, got " + std::to_string(sizes[i]));
+    ranges[i] = Range{reinterpret_cast<unsigned char*>(addresses[i]), sizes[i]};
+  }
+  controller.zero_if_skipped(stream_of(stream), ranges);
+}
+
+void configure(DeviceController& controller, std::uintptr_t stream,
+               const std::optional<py::array>& config_row,
+               const std::optional<py::array>& state_row) {
+  std::optional<Config> config;
+  std::optional<State> state;
+  if (config_row)
+    config = from_row<Config>(*config_row);
+  if (state_row)
+    state = from_row<State>(*state_row);
+  controller.configure(stream_of(stream), config ? &*config : nullptr, state ? &*state : nullptr);
+}
+
+py::dict kernel_sources() {
+  py::dict sources;
+  for (const KernelSource& source : kKernelSources)
+    if (!source.name.empty())
+      sources[py::str(source.name)] = py::str(source.text);
+  return sources;
+}
+
+void define_device_controller(py::module_& module) {
+  py::class_<DeviceController> device(module, "DeviceController");
+  device
+      .def(py::init([](int device, const std::string& image, std::uintptr_t block,
+                       const py::array& config, const py::array& state, int64_t history_size,
+                       std::uintptr_t stream) {
+             return std::make_unique<DeviceController>(
+                 device, image, reinterpret_cast<DeviceBlock*>(block), from_row<Config>(config),
+                 from_row<State>(state), history_size, stream_of(stream));
+           }),
+           py::arg("device"), py::arg("image"), py::arg("block"), py::arg("config"),
+           py::arg("state"), py::arg("history_size"), py::arg("stream"))
+      .def(
+          "step",
+          [](DeviceController& c, std::uintptr_t stream, std::uintptr_t loss, int loss_dtype,
+             bool mean, std::uintptr_t grad_norm, int grad_norm_dtype, double grad_norm_value,
+             std::uintptr_t overflow, double applied_lr) {
+            StepParams params = step_params(loss, loss_dtype, mean, grad_norm, grad_norm_dtype,
+                                            grad_norm_value, overflow, applied_lr);
+            return c.step(stream_of(stream), params);
+          },
+          py::arg("stream"), py::arg("loss"), py::arg("loss_dtype"), py::arg("mean"),
+          py::arg("grad_norm") = 0, py::arg("grad_norm_dtype") = 0,
+          py::arg("grad_norm_value") = -1.0, py::arg("overflow") = 0, py::arg("applied_lr") = -1.0)
+      .def("launch_empty",
+           [](DeviceController& c, std::uintptr_t stream) {
+             StepParams params{};
+             c.launch_empty(stream_of(stream), params);
+           })
+      .def(
+          "fold",
+          [](DeviceController& c, std::uintptr_t stream, std::uintptr_t loss, int dtype) {
+            c.fold(stream_of(stream), pointer_of(loss), dtype_of(dtype), false);
+          },
+          py::arg("stream"), py::arg("loss"), py::arg("dtype"))
+      .def(
+          "drop_losses",
+          [](DeviceController& c, std::uintptr_t stream) {
+            c.fold(stream_of(stream), nullptr, Dtype::kFloat32, true);
+          },
+          py::arg("stream"))
+      .def("configure", &configure, py::arg("stream"), py::arg("config") = py::none(),
+           py::arg("state") = py::none())
+      .def("zero_if_skipped", &zero_if_skipped, py::arg("stream"), py::arg("addresses"),
+           py::arg("sizes"))
+      .def(
+          "record_event",
+          [](DeviceController& c, std::uintptr_t stream) { c.record_event(stream_of(stream)); },
+          py::arg("stream"))
+      .def("wait", &DeviceController::wait, py::arg("lag"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("factor", &DeviceController::factor);
+  define_flight_record(device);
+}
+
+void define_kernels(py::module_& module) {
+  module.attr("BLOCK_BYTES") = sizeof(DeviceBlock);
+  module.attr("STATE_OFFSET") = offsetof(DeviceBlock, state);
+  module.attr("LR_OFFSET") = offsetof(DeviceBlock, lr);
+  module.attr("SKIP_OFFSET") = offsetof(DeviceBlock, skip);
+  module.attr("OVERWRITTEN") = static_cast<int>(kOverwritten);
+  module.attr("MAX_LAG") = DeviceController::kMaxLag;
+  module.attr("PENDING_OFFSET") = offsetof(DeviceBlock, pending);
+  module.attr("PENDING_BYTES") = sizeof(PendingLosses);
+  module.attr("FLOAT32") = static_cast<int>(Dtype::kFloat32);
+  module.attr("FLOAT64") = static_cast<int>(Dtype::kFloat64);
+  module.attr("FLOAT16") = static_cast<int>(Dtype::kFloat16);
+  module.attr("BFLOAT16") = static_cast<int>(Dtype::kBfloat16);
+  module.attr("fatbin") = py::bytes(kFatbin.data(), kFatbin.size());
+  module.attr("kernel_sources") = kernel_sources();
+  module.def("cuda_available", &driver::available);
+  module.def("compute_capability", &driver::compute_capability, py::arg("device"));
+  module.def("load_kernels", &DeviceController::load, py::arg("device"), py::arg("image"));
+}
+
+} // namespace
+
+PYBIND11_MODULE(_extension, module) {
+  module.doc() = "The control step on the host and on the GPU. See docs/algorithm.md.";
+  define_layouts(module);
+  module.def("initial_state", [] { return to_row(initial_state()); });
+  module.def("schedule", [](const py::array& config, double step) {
+    return schedule(from_row<Config>(config), step);
+  });
+  module.def("final_multiplier",
+             [](const py::array& config) { return final_multiplier(from_row<Config>(config)); });
+
+  py::class_<HostController> host(module, "HostController");
+  host.def(py::init([](const py::array& config, int64_t history_size) {
+             return std::make_unique<HostController>(from_row<Config>(config), history_size);
+           }),
+           py::arg("config"), py::arg("history_size"))
+      .def("step", &host_step, py::arg("loss"), py::arg("grad_norm") = -1.0,
+           py::arg("applied_lr") = -1.0, py::arg("overflow") = false,
+           py::arg("overwritten") = false)
+      .def_property(
+          "config", [](const HostController& c) { return to_row(c.config); },
+          [](HostController& c, const py::array& row) { c.config = from_row<Config>(row); })
+      .def_property(
+          "state", [](const HostController& c) { return to_row(c.state); },
+          [](HostController& c, const py::array& row) { c.state = from_row<State>(row); });
+  define_flight_record(host);
+  define_host_loop(module);
+  define_device_controller(module);
+  define_kernels(module);
+}

@@ -1,0 +1,101 @@
+// What lives on the GPU, and what the kernels are launched with. Host and device share these
+// layouts.
+#pragma once
+
+#include "ring.h"
+
+namespace adaptlr {
+
+/// Element type of a scalar that a kernel reads.
+enum class Dtype : int32_t { kFloat32, kFloat64, kFloat16, kBfloat16 };
+constexpr int32_t kDtypes = 4;
+
+/// Losses folded in since the last control step, less the one that the step reads by itself.
+struct PendingLosses {
+  double sum;
+  int64_t count;
+};
+
+/// The writer's side of the ring: what it has published, and the slots that come next. Keeping the
+/// slots saves two 64-bit divisions, which a GPU has no instruction for.
+struct RingCursor {
+  int64_t records;
+  int64_t events;
+  int64_t notices;
+  int32_t next_record;
+  int32_t next_event;
+};
+static_assert(sizeof(RingCursor) == sizeof(RingHeader), "the cursor is published as a header");
+
+/// All that a controller keeps on its device. The order serves the control step: what it changes
+/// comes first, then what it only reads, so that a warp moves either in one or two wide accesses.
+struct alignas(16) DeviceBlock {
+  State state;
+  PendingLosses pending;
+  RingCursor cursor;
+  Ring ring;
+  Config config;
+  int64_t reserved;
+  float lr[kMaxGroups];      // what the optimizer's kernels read
+  float written[kMaxGroups]; // what the last control step wrote there; differs: another writer
+  float skip; // 1: the coming update is skipped (found_inf of fused optimizers); or 0
+};
+
+constexpr unsigned kVectorBytes = 16; // of the widest access of a lane
+constexpr unsigned kLanes = 32;
+constexpr unsigned kChangedBytes = __builtin_offsetof(DeviceBlock, ring);
+constexpr unsigned kStagedBytes = __builtin_offsetof(DeviceBlock, lr);
+static_assert(kChangedBytes % kVectorBytes == 0 && kChangedBytes <= kLanes * kVectorBytes,
+              "one access of the warp stores what a step changes");
+static_assert(kStagedBytes == 2 * kLanes * kVectorBytes, "two accesses load what a step reads");
+static_assert(kMaxGroups == 2 * kLanes, "a lane looks after two groups");
+
+/// Of adaptlr_control_step and adaptlr_empty. Addresses are 0 where there is nothing to read.
+struct StepParams {
+  DeviceBlock* block;
+  const void* loss;       // the last loss; earlier ones are in block->pending
+  const void* grad_norm;  // before clipping
+  const float* overflow;  // GradScaler's found_inf; > 0: it found an infinite gradient
+  double grad_norm_value; // where grad_norm is 0; negative: not given
+  double applied_lr; // of the largest group, where the host sets the lr; negative: the kernel does
+  Dtype loss_dtype;
+  Dtype grad_norm_dtype;
+  int32_t mean; // 1: the loss is the mean of the pending ones; 0: their sum
+  int32_t reserved;
+};
+
+/// Of adaptlr_fold.
+struct FoldParams {
+  DeviceBlock* block;
+  const void* loss; // 0: none
+  Dtype dtype;
+  int32_t restart; // 1: forgets the losses that were pending
+};
+
+/// Which members of ConfigureParams are to be taken over.
+enum Field : int32_t { kSetConfig = 1, kSetState = 2, kSetRing = 4 };
+
+/// Of adaptlr_configure. Kernel parameters are copied at the launch, so the host need not keep
+/// them.
+struct ConfigureParams {
+  DeviceBlock* block;
+  Config config;
+  State state;
+  Ring ring; // a new ring begins empty, with no loss pending
+  int64_t fields;
+};
+
+struct Range {
+  unsigned char* address;
+  int64_t bytes;
+};
+
+/// Of adaptlr_zero_if; range i belongs to the thread blocks with blockIdx.y == i.
+constexpr int kMaxRanges = 240;
+struct ZeroParams {
+  const DeviceBlock* block;
+  Range ranges[kMaxRanges];
+};
+static_assert(sizeof(ZeroParams) <= 4096, "the parameters of a kernel are limited to 4 KiB");
+
+} // namespace adaptlr

@@ -1,0 +1,259 @@
+// The control step on the device. One warp: its lanes move the data, lane 0 does the arithmetic of
+// controller.h. Compiled by nvcc into a fatbin or by NVRTC at run time, so without any header of
+// CUDA or of the standard library, and with -fmad=false, so that it rounds as the host does.
+#include "device_block.h"
+
+namespace adaptlr {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr unsigned kLineVectors = sizeof(Record) / kVectorBytes;
+
+/// The words around one scalar.
+struct Bits {
+  unsigned low;
+  unsigned high;  // of a float64
+  unsigned shift; // of a half in the upper part of its word
+};
+
+/// Loads aligned words, whatever the type: lanes that read different types then stay together, and
+/// their loads are in flight at the same time. A word around a half lies within its allocation.
+/// Nothing here may use what was loaded, or the loads after it would have to wait.
+__device__ Bits fetch(const void* address, Dtype dtype) {
+  Bits bits{0, 0, 0};
+  if (address == nullptr)
+    return bits;
+  const auto location = reinterpret_cast<unsigned long long>(address);
+  const auto* word = reinterpret_cast<const unsigned*>(location & ~3ull);
+  bits.shift = static_cast<unsigned>(location & 2) * 8;
+  bits.low = word[0];
+  if (dtype == Dtype::kFloat64)
+    bits.high = word[1];
+  return bits;
+}
+
+__device__ double decode(Bits bits, Dtype dtype) {
+  bits.low >>= bits.shift;
+  switch (dtype) {
+  case Dtype::kFloat64:
+    return __hiloint2double(static_cast<int>(bits.high), static_cast<int>(bits.low));
+  case Dtype::kFloat16: {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits.low)));
+    return value;
+  }
+  case Dtype::kBfloat16:
+    return __uint_as_float(bits.low << 16);
+  case Dtype::kFloat32:
+    break;
+  }
+  return __uint_as_float(bits.low);
+}
+
+/// The scalars that a step reads, one lane each.
+enum Input { kLoss, kGradNorm, kFoundInf, kInputs };
+
+struct Source {
+  const void* address;
+  Dtype dtype;
+};
+
+__device__ Source source_of(const StepParams& params, unsigned lane) {
+  if (lane == kLoss)
+    return Source{params.loss, params.loss_dtype};
+  if (lane == kGradNorm)
+    return Source{params.grad_norm, params.grad_norm_dtype};
+  return Source{lane == kFoundInf ? params.overflow : nullptr, Dtype::kFloat32};
+}
+
+/// What lane 0 hands to the others. Read in vectors.
+struct alignas(kVectorBytes) Outcome {
+  Record record;
+  Record* record_slot;
+  Record* event_slot; // 0: not an event
+  double multiplier;
+};
+
+/// Empties the pending losses into one. With none there is nothing to learn: NaN, which is skipped.
+__device__ double take_loss(const StepParams& params, double last, PendingLosses& pending) {
+  const double sum = pending.sum + last;
+  const int64_t count = pending.count + (params.loss != nullptr ? 1 : 0);
+  pending = PendingLosses{0.0, 0};
+  if (count == 0)
+    return nan("");
+  return params.mean && count > 1 ? sum / static_cast<double>(count) : sum;
+}
+
+/// Claims the slots of this step's lines.
+__device__ void claim(const Ring& ring, bool event, RingCursor& cursor, Outcome& outcome) {
+  outcome.record.sequence = ++cursor.records;
+  outcome.record_slot = ring.records + cursor.next_record;
+  if (++cursor.next_record == ring.slots)
+    cursor.next_record = 0;
+  outcome.event_slot = event ? ring.events + cursor.next_event : nullptr;
+  if (!event)
+    return;
+  cursor.events += 1;
+  if (++cursor.next_event == kEventSlots)
+    cursor.next_event = 0;
+}
+
+/// The work of lane 0. The copies of state and record live in registers.
+__device__ Action advance(const StepParams& params, const double* inputs, bool overwritten,
+                          DeviceBlock& staged, Outcome& outcome) {
+  const double norm = params.grad_norm != nullptr ? inputs[kGradNorm] : params.grad_norm_value;
+  const Signals signals{take_loss(params, inputs[kLoss], staged.pending), norm, params.applied_lr,
+                        inputs[kFoundInf] > 0.0, overwritten};
+  State state = staged.state;
+  Record record;
+  const Decision decision = control_step(staged.config, signals, state, record);
+  const bool event = is_event(staged.config, state, record);
+  staged.cursor.notices |= notices_of(record);
+  staged.state = state;
+  outcome.record = record;
+  outcome.multiplier = decision.multiplier;
+  claim(staged.ring, event, staged.cursor, outcome);
+  return decision.action;
+}
+
+__device__ uint64_t join(unsigned low, unsigned high) {
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+/// Eight lanes write the record, eight more the event: one transaction over the bus each. Together
+/// the eight make the line's checksum, which lies in the last word of the last of them.
+__device__ void write_lines(const Outcome& outcome, const RingCursor& cursor, unsigned lane) {
+  const unsigned part = lane % kLineVectors;
+  const bool last = part == kLineVectors - 1;
+  uint4 vector = reinterpret_cast<const uint4*>(&outcome.record)[part];
+  if (lane == kLineVectors) { // the event's own sequence number
+    vector.x = static_cast<unsigned>(cursor.events);
+    vector.y = static_cast<unsigned>(cursor.events >> 32);
+  }
+  uint64_t checksum = turned(join(vector.x, vector.y), 2 * part);
+  if (!last)
+    checksum ^= turned(join(vector.z, vector.w), 2 * part + 1);
+  for (unsigned distance = 1; distance < kLineVectors; distance *= 2)
+    checksum ^= __shfl_xor_sync(kAllLanes, checksum, distance);
+  if (last) {
+    vector.z = static_cast<unsigned>(checksum);
+    vector.w = static_cast<unsigned>(checksum >> 32);
+  }
+  Record* slot = lane < kLineVectors ? outcome.record_slot : outcome.event_slot;
+  if (lane < 2 * kLineVectors && slot != nullptr)
+    reinterpret_cast<uint4*>(slot)[part] = vector;
+}
+
+__device__ void write_lrs(const Config& config, double multiplier, DeviceBlock& block,
+                          unsigned lane) {
+  for (unsigned group = lane; group < kMaxGroups; group += kLanes) {
+    if (group >= config.group_count)
+      return;
+    block.lr[group] = block.written[group] = static_cast<float>(config.peaks[group] * multiplier);
+  }
+}
+
+/// Tells the host how far the rings go. In no order with the lines: those prove themselves.
+__device__ void publish(const RingCursor& cursor, RingHeader* header, unsigned lane) {
+  if (lane < 3) // records, events, notices
+    reinterpret_cast<volatile int64_t*>(header)[lane] =
+        reinterpret_cast<const int64_t*>(&cursor)[lane];
+}
+
+} // namespace
+
+extern "C" __global__ void __launch_bounds__(kLanes) adaptlr_control_step(const StepParams params) {
+  __shared__ DeviceBlock staged; // up to lr
+  __shared__ Outcome outcome;
+  __shared__ double inputs[kInputs];
+  const unsigned lane = threadIdx.x;
+  DeviceBlock& block = *params.block;
+
+  // All loads first: the step waits for memory once.
+  const auto* block_vectors = reinterpret_cast<const uint4*>(&block);
+  const uint4 near = block_vectors[lane], far = block_vectors[lane + kLanes];
+  const uint2 lrs = reinterpret_cast<const uint2*>(block.lr)[lane];
+  const uint2 written = reinterpret_cast<const uint2*>(block.written)[lane];
+  const Source source = source_of(params, lane);
+  const Bits bits = fetch(source.address, source.dtype);
+
+  reinterpret_cast<uint4*>(&staged)[lane] = near;
+  reinterpret_cast<uint4*>(&staged)[lane + kLanes] = far;
+  if (lane < kInputs)
+    inputs[lane] = decode(bits, source.dtype);
+  const bool host_sets_lr = params.applied_lr >= 0.0;
+  const bool changed = lrs.x != written.x || lrs.y != written.y;
+  const bool overwritten = __any_sync(kAllLanes, changed && !host_sets_lr);
+  __syncwarp();
+
+  if (lane == 0) {
+    const Action action = advance(params, inputs, overwritten, staged, outcome);
+    block.skip = action == Action::kSkip ? 1.0f : 0.0f;
+  }
+  __syncwarp();
+
+  write_lines(outcome, staged.cursor, lane);
+  if (lane < kChangedBytes / kVectorBytes)
+    reinterpret_cast<uint4*>(&block)[lane] = reinterpret_cast<const uint4*>(&staged)[lane];
+  if (!host_sets_lr)
+    write_lrs(staged.config, outcome.multiplier, block, lane);
+  publish(staged.cursor, staged.ring.header, lane);
+}
+
+/// Launched as the control step is, to measure what the launch alone costs.
+extern "C" __global__ void __launch_bounds__(kLanes) adaptlr_empty(const StepParams) {}
+
+/// Adds one loss to the pending ones. One thread.
+extern "C" __global__ void __launch_bounds__(1) adaptlr_fold(const FoldParams params) {
+  PendingLosses& pending = params.block->pending;
+  PendingLosses sum = params.restart ? PendingLosses{0.0, 0} : pending;
+  if (params.loss != nullptr) {
+    sum.sum += decode(fetch(params.loss, params.dtype), params.dtype);
+    sum.count += 1;
+  }
+  pending = sum;
+}
+
+/// Sets config, state or ring in stream order, then the lr of the coming step. One thread.
+extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const ConfigureParams params) {
+  DeviceBlock& block = *params.block;
+  if (params.fields & kSetConfig)
+    block.config = params.config;
+  if (params.fields & kSetState)
+    block.state = params.state;
+  if (params.fields & kSetRing) {
+    block.ring = params.ring;
+    block.cursor = RingCursor{};
+    block.pending = PendingLosses{};
+  }
+  block.cursor.notices = 0; // they were about what has just been replaced
+  const double multiplier = block.state.factor * schedule(block.config, block.state.step);
+  for (unsigned lane = 0; lane < kLanes; ++lane)
+    write_lrs(block.config, multiplier, block, lane);
+  block.skip = 0.0f;
+}
+
+/// Zeroes ranges of memory if the coming update is to be skipped: for optimizers that do not read
+/// the flag. Addresses need no alignment.
+extern "C" __global__ void __launch_bounds__(256) adaptlr_zero_if(const ZeroParams params) {
+  if (params.block->skip == 0.0f)
+    return;
+  const Range range = params.ranges[blockIdx.y];
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const auto misaligned = reinterpret_cast<unsigned long long>(range.address) % kVectorBytes;
+  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
+  if (head > range.bytes)
+    head = range.bytes;
+  const int64_t vectors = (range.bytes - head) / kVectorBytes;
+  const int64_t tail = head + vectors * kVectorBytes;
+  auto* body = reinterpret_cast<uint4*>(range.address + head);
+  for (int64_t i = thread; i < vectors; i += threads)
+    body[i] = make_uint4(0, 0, 0, 0);
+  if (thread < head)
+    range.address[thread] = 0;
+  if (tail + thread < range.bytes && thread < kVectorBytes)
+    range.address[tail + thread] = 0;
+}
+
+} // namespace adaptlr
