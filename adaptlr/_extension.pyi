@@ -94,11 +94,7 @@ class HostController:
     @property
     def dropped_events(self) -> int: ...
 
-class HostLoop:
-    """The part of the host path that runs in every step; see adaptlr.host_path.HostPath."""
-
-    total: float
-    grad_norm: float
+class _Loop:
     count: int
     last_count: int
     unobserved: int
@@ -110,6 +106,18 @@ class HostLoop:
     step_slowly: Callable[..., Any]
     answer: Callable[[int], None]
 
+    def observe(self, loss: torch.Tensor | float, /) -> None:
+        """Take one loss in; anything unusual goes to observe_slowly."""
+
+    def before_step(self, optimizer: Any, args: Any, kwargs: Any, /) -> Any:
+        """Pre-hook: run the control step; anything unusual goes to step_slowly."""
+
+class HostLoop(_Loop):
+    """The part of the host path that runs in every step; see adaptlr.host_path.HostPath."""
+
+    total: float
+    grad_norm: float
+
     def __init__(self, core: HostController, /) -> None: ...
     @property
     def core(self) -> HostController: ...
@@ -117,14 +125,28 @@ class HostLoop:
     def written(self) -> list[Any]:
         """The lr objects of the last step, one a group."""
 
-    def observe(self, loss: torch.Tensor | float, /) -> None:
-        """Take one loss in; anything unusual goes to observe_slowly."""
+class DeviceLoop(_Loop):
+    """The part of the device path that runs in every step; see adaptlr.device_path.DevicePath."""
 
-    def observe_slowly(self, loss: torch.Tensor | float) -> None:
-        """Left to the subclass."""
+    lrs: list[torch.Tensor]
+    skip_flag: torch.Tensor
+    first: torch.Tensor | None
+    grad_norm: torch.Tensor | float | None
+    launched: int
+    dtype: int
+    reused: bool
 
-    def before_step(self, optimizer: Any, args: Any, kwargs: Any, /) -> Any:
-        """Pre-hook: run the control step; anything unusual goes to step_slowly."""
+    def __init__(
+        self,
+        core: DeviceController,
+        optimizer: Any,
+        stream_of: Callable[[int], int],
+        index: int,
+        dtypes: tuple[torch.dtype, ...],
+        /,
+    ) -> None: ...
+    @property
+    def core(self) -> DeviceController: ...
 
 class DeviceController:
     """The control step on a CUDA device; nothing but ``wait`` waits for it. Not thread-safe."""

@@ -60,10 +60,10 @@ class Attachment:
         self._loading: Checkpoint | None = None
 
     def _connect(self, path: Path) -> Callable[..., Any]:
-        """Return what the optimizer calls before its step: on the host a quick way to the same."""
-        if not isinstance(path, HostPath):
-            return self.before_step
+        """Return what the optimizer calls before its step: a quick way to `before_step`."""
         path.step_slowly, path.answer = self.before_step, self._answer
+        if not isinstance(path, HostPath):
+            path.poll = self.poll
         return path.before_step
 
     # -- steps ----------------------------------------------------------------
@@ -87,6 +87,7 @@ class Attachment:
         """
         path = self.path
         if path.count == 0:
+            path.stand_aside()
             return self._note_unobserved()
         code = path.step()
         if code == _extension.NEW_GROUPS:

@@ -119,7 +119,7 @@ class AdaptiveLR:
         self._history_size = history_size
         self._path = choose_path(self._optimizer, config, history_size, device_path)
         self._attachment = Attachment(self._optimizer, config, self._path)
-        self._hooks = Hooks(self._optimizer, self._attachment, self._path.after_step)
+        self._hooks = Hooks(self._optimizer, self._attachment)
         _attached.add(self._optimizer)
 
     # -- the loop -------------------------------------------------------------
@@ -149,8 +149,6 @@ class AdaptiveLR:
             TrainingDiverged: if the guard has ended the run.
         """
         path = self._path
-        if path.reports_late:
-            self._attachment.poll()
         if path.mean is not (reduction == "mean"):
             self._change_reduction(reduction)
         if loss is not None:

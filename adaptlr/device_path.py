@@ -25,12 +25,15 @@ DTYPES: dict[torch.dtype, int] = {
 LATE_FLOAT_LAG = 2  # steps that the host may run ahead of the factor it applies
 
 
-class DevicePath(Pending, ABC):
-    """What both ways of deciding on the device share: losses, device memory, the launch."""
+class DevicePath(_extension.DeviceLoop, Pending, ABC):
+    """What both ways of deciding on the device share: losses, device memory, the launch.
+
+    The usual step of the fused path never comes here: `DeviceLoop` takes one loss a step, and calls
+    ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.
+    """
 
     name = ""
-    reports_late = True
-    after_step: Callable[[], None] | None = None
+    poll: Callable[[], None]
 
     def __init__(
         self,
@@ -41,14 +44,13 @@ class DevicePath(Pending, ABC):
         image: bytes,
     ) -> None:
         """Load the kernels and bind the learning rates of ``optimizer``."""
-        super().__init__(optimizer)
         self._config = config
         self._device = device
         self._index = device.index
         self._stream = torch._C._cuda_getCurrentRawStream
         self._block = torch.zeros(_extension.BLOCK_BYTES, dtype=torch.uint8, device=device)
         self._device_table: torch.Tensor | None = None
-        self.core = _extension.DeviceController(
+        core = _extension.DeviceController(
             self._index,
             image,
             self._block.data_ptr(),
@@ -57,10 +59,10 @@ class DevicePath(Pending, ABC):
             history_size,
             self._stream(self._index),
         )
-        self._first: torch.Tensor | None = None  # alive until the kernel that reads it is launched
-        self._reused = False  # the loop reuses its loss buffer: fold before it is overwritten
-        self._grad_norm: torch.Tensor | float = -1.0
-        self.launched = 0
+        _extension.DeviceLoop.__init__(
+            self, core, optimizer, self._stream, self._index, tuple(DTYPES)
+        )
+        Pending.__init__(self, optimizer)
         self.bind()
 
     def skip(self) -> None:
@@ -72,63 +74,66 @@ class DevicePath(Pending, ABC):
 
     # -- losses ---------------------------------------------------------------
 
-    def observe(self, loss: torch.Tensor | float) -> None:
+    def observe_slowly(self, loss: torch.Tensor | float) -> None:
         """Keep the address of a step's first loss; fold the others in by one small launch each."""
+        self.poll()
         if self.count and self.observed_anew():
             self.drop()
+        code = self._check(loss)
+        assert isinstance(loss, torch.Tensor)
+        if self.count == 0:
+            self._rebind()
+        if self.count == 0 and not self.reused:
+            self.first, self.dtype = loss, code
+        else:
+            self.reused |= self.first is not None and self.first.data_ptr() == loss.data_ptr()
+            self.core.fold(self._stream(self._index), loss.data_ptr(), code)
+        self.count += 1
+
+    def _check(self, loss: object) -> int:
+        """Return the code of the loss's dtype; explain what cannot be taken."""
         if not isinstance(loss, torch.Tensor):
             raise TypeError(
                 f"loss must be the tensor on {self._device} that the model returned, "
                 f"got {type(loss).__name__}"
             )
-        code = DTYPES.get(loss.dtype)
-        if code is None or loss.numel() != 1 or loss.get_device() != self._index:
-            check_loss(loss, self._device)
+        check_loss(loss, self._device)
+        if loss.dtype not in DTYPES:
             raise TypeError(f"loss must be float32, float64, float16 or bfloat16, got {loss.dtype}")
-        if self.count == 0:
-            self._rebind()
-        if self.count == 0 and not self._reused:
-            self._first = loss
-        else:
-            self._reused |= self._first is not None and self._first.data_ptr() == loss.data_ptr()
-            self.core.fold(self._stream(self._index), loss.data_ptr(), code)
-        self.count += 1
+        return DTYPES[loss.dtype]
 
     def observe_grad_norm(self, grad_norm: torch.Tensor | float) -> None:
         """Take the gradient norm of the coming step."""
         if isinstance(grad_norm, torch.Tensor):
-            check_loss(grad_norm, self._device)
-        self._grad_norm = grad_norm
+            self._check(grad_norm)
+        self.grad_norm = grad_norm
 
     def drop(self) -> None:
         """Forget what waits."""
         self.dropped()
-        self._first = None
-        self._grad_norm = -1.0
+        self.first = self.grad_norm = None
         self.core.drop_losses(self._stream(self._index))
 
     # -- the step -------------------------------------------------------------
 
     def _launch(self, found_inf: torch.Tensor | None, applied_lr: float) -> int:
-        first, norm = self._first, self._grad_norm
-        address, dtype, value = 0, 0, norm
+        norm_address, norm_dtype, norm = 0, 0, self.grad_norm
         if isinstance(norm, torch.Tensor):
-            address, dtype, value = norm.data_ptr(), DTYPES[norm.dtype], -1.0
+            norm_address, norm_dtype, norm = norm.data_ptr(), DTYPES[norm.dtype], None
         notices = self.core.step(
             self._stream(self._index),
-            0 if first is None else first.data_ptr(),
-            0 if first is None else DTYPES[first.dtype],
+            0 if self.first is None else self.first.data_ptr(),
+            self.dtype,
             self.mean,
-            address,
-            dtype,
-            value,  # type: ignore[arg-type]
+            norm_address,
+            norm_dtype,
+            -1.0 if norm is None else float(norm),
             0 if found_inf is None else found_inf.data_ptr(),
             applied_lr,
         )
-        self.taken()
-        self._first = None
-        self._grad_norm = -1.0
+        self.first = self.grad_norm = None
         self.launched += 1
+        self.taken()
         return notices
 
     @property
@@ -168,56 +173,63 @@ class FusedPath(DevicePath):
     def bind(self) -> None:
         """Make every group's lr a view into the block; switch the groups to the fused kernels."""
         offset = _extension.LR_OFFSET
-        lrs = self._block[offset : offset + 4 * _extension.MAX_GROUPS].view(torch.float32)
-        self._lrs = list(lrs.unbind())
-        skip = self._block[_extension.SKIP_OFFSET : _extension.SKIP_OFFSET + 4]
-        self._skip = skip.view(torch.float32)[0]
+        views = self._block[offset : offset + 4 * _extension.MAX_GROUPS].view(torch.float32)
+        self._views = list(views.unbind())
+        flag = self._block[_extension.SKIP_OFFSET : _extension.SKIP_OFFSET + 4]
+        self.skip_flag = flag.view(torch.float32)[0]
         self._flags = FusedFlags(self._optimizer)
-        self._rebind()
+        self._bind_known()
 
     def adopt(self) -> None:
         """Take in groups that were added."""
         self._flags.switch_new()
+        self._bind_known()
+
+    def _bind_known(self) -> None:
+        self.lrs = self._views[: len(self._flags.saved)]
+        self.plain = True
         self._rebind()
 
     def _rebind(self) -> None:
-        known = self._lrs[: len(self._flags.saved)]  # an added group still shows its own peak
-        for group, lr in zip(self._optimizer.param_groups, known, strict=False):
-            if group["lr"] is not lr:
+        for group, lr in zip(self._optimizer.param_groups, self.lrs, strict=False):
+            if group["lr"] is not lr:  # an added group still shows its own peak
                 group["lr"] = lr
 
     def step(self) -> int:
-        """Launch the control step, point the optimizer at the skip flag; return the notices."""
-        if len(self._optimizer.param_groups) > len(self._flags.saved):
+        """Launch the control step and point the optimizer at the skip flag.
+
+        The optimizer keeps pointing there: setting and deleting ``found_inf`` in every step would
+        cost a hook. GradScaler replaces it before a step and deletes it after.
+
+        Returns:
+            The notices so far; or NEW_GROUPS alone, and nothing was done.
+        """
+        if len(self._optimizer.param_groups) > len(self.lrs):
             return _extension.NEW_GROUPS
         attributes = self._optimizer.__dict__
-        self._scaler_flag = attributes.get("found_inf")
-        notices = self._launch(self._scaler_flag, -1.0)
-        self._optimizer.found_inf = self._skip  # type: ignore[attr-defined]
+        flag = attributes.get("found_inf")
+        notices = self._launch(None if flag is self.skip_flag else flag, -1.0)
+        attributes["found_inf"] = self.skip_flag
         return notices
 
-    def after_step(self) -> None:
-        """Leave ``found_inf`` as GradScaler had it."""
-        attributes = self._optimizer.__dict__
-        if attributes.get("found_inf") is not self._skip:
-            return
-        if self._scaler_flag is None:
-            del attributes["found_inf"]
-        else:
-            attributes["found_inf"] = self._scaler_flag
+    def stand_aside(self) -> None:
+        """Let a step pass that is not ours: the flag is that of the last one."""
+        if self._optimizer.__dict__.get("found_inf") is self.skip_flag:
+            del self._optimizer.__dict__["found_inf"]
 
     def preset(self) -> None:
         """Nothing to do: the optimizer's kernels read the rate when it is there."""
 
     def release(self) -> None:
         """Give the groups Python floats and the user's own flags back. Waits for the device."""
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=False):
+        for group, lr in zip(self._optimizer.param_groups, self.lrs, strict=False):
             group["lr"] = float(lr)
         self._flags.restore()
+        self.stand_aside()
 
     def saved_group(self, index: int) -> dict[str, Any]:
         """Return what a checkpoint shows of a group in place of the live values. Waits."""
-        return {"lr": float(self._lrs[index]), **self._flags.saved[index]}
+        return {"lr": float(self.lrs[index]), **self._flags.saved[index]}
 
 
 class LateFloatPath(DevicePath):
@@ -259,6 +271,9 @@ class LateFloatPath(DevicePath):
         if self._skips:
             self._zero_if_skipped()
         return notices | (_extension.OVERWRITTEN if overwritten else 0)
+
+    def stand_aside(self) -> None:
+        """Nothing to do: a step that is not ours sees nothing of ours."""
 
     def preset(self) -> None:
         """Set the rates of the coming step."""

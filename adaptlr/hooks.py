@@ -31,22 +31,14 @@ class Attached(Protocol):
 class Hooks:
     """Registers the hooks of one controller on one optimizer, and removes them."""
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        attached: Attached,
-        after_step: Callable[[], None] | None,
-    ) -> None:
-        """Register all of them; ``after_step`` only where it is needed, since every hook costs."""
+    def __init__(self, optimizer: torch.optim.Optimizer, attached: Attached) -> None:
+        """Register all of them. No hook after the step: every hook costs."""
         self._handles = [
             optimizer.register_step_pre_hook(attached.pre_hook),
             optimizer.register_state_dict_post_hook(lambda _, saved: attached.save(saved)),
             optimizer.register_load_state_dict_pre_hook(lambda _, loaded: attached.check(loaded)),
             optimizer.register_load_state_dict_post_hook(lambda _: attached.load()),
         ]
-        if after_step is not None:
-            hook = optimizer.register_step_post_hook(lambda *_: after_step())
-            self._handles.append(hook)
 
     def remove(self) -> None:
         """Take every hook off again."""

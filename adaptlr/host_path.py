@@ -31,8 +31,6 @@ class HostPath(_extension.HostLoop, Pending):
     """
 
     name = "float"
-    reports_late = False
-    after_step = None
     lag = 0
 
     def __init__(
@@ -102,6 +100,9 @@ class HostPath(_extension.HostLoop, Pending):
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+    def stand_aside(self) -> None:
+        """Nothing to do: a step that is not ours sees nothing of ours."""
 
     def preset(self) -> None:
         """Set the scheduled rates before a closure runs: LBFGS reads lr before it calls it."""

@@ -2,7 +2,7 @@
 #include "cpu.h"
 #include "cuda.h"
 #include "embedded.h"
-#include "host_loop.h"
+#include "loop.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -257,6 +257,9 @@ void define_device_controller(py::module_& module) {
   define_flight_record(device);
 }
 
+static_assert(kChangedBytes == offsetof(DeviceBlock, ring), "what a step changes comes first");
+static_assert(kStagedBytes == offsetof(DeviceBlock, lr), "then what it only reads");
+
 void define_kernels(py::module_& module) {
   module.attr("BLOCK_BYTES") = sizeof(DeviceBlock);
   module.attr("STATE_OFFSET") = offsetof(DeviceBlock, state);
@@ -305,6 +308,7 @@ PYBIND11_MODULE(_extension, module) {
           [](HostController& c, const py::array& row) { c.state = from_row<State>(row); });
   define_flight_record(host);
   define_host_loop(module);
+  define_device_loop(module);
   define_device_controller(module);
   define_kernels(module);
 }

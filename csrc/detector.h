@@ -26,9 +26,10 @@ constexpr double kOutlierScore = 6.0;
 constexpr double kOutlierRun = 5.0;
 constexpr double kSpikeRate = 1e-3; // at most, in the long run
 constexpr double kSpikeGain = 0.5;
-constexpr double kSpikeGrowth = 1.6478971161205929; // exp(kSpikeGain (1 - kSpikeRate))
-constexpr double kDriftErrors = 6.5;                // standard errors
-constexpr double kDriftShare = 0.1;                 // of the progress made
+constexpr double kSpikeGrowth = 1.6478971161205929;           // exp(kSpikeGain (1 - kSpikeRate))
+constexpr double kSpikeDecay = 1.0 - kSpikeGain * kSpikeRate; // without a spike
+constexpr double kDriftErrors = 6.5;                          // standard errors
+constexpr double kDriftShare = 0.1;                           // of the progress made
 constexpr double kBestLeak = 1.0 / 2048.0;
 constexpr double kMinScaleShare = 1e-3; // movements below this share of the progress never count
 constexpr double kRoundoff = 5e-7;      // of the level: a float32 loss resolves no less
@@ -107,13 +108,10 @@ ADAPTLR_HOST_DEVICE inline double scale_of(const State& state) {
 
 /// One loss far out, against a threshold that calibrates itself to kSpikeRate.
 ADAPTLR_HOST_DEVICE inline int32_t spike_chart(State& state) {
-  if (state.score > state.spike_threshold) {
-    state.spike_threshold *= kSpikeGrowth;
-    return kSpike;
-  }
-  state.spike_threshold =
-      fmax(kOutlierScore, state.spike_threshold * (1.0 - kSpikeGain * kSpikeRate));
-  return 0;
+  const bool spike = state.score > state.spike_threshold;
+  const double calmed = fmax(kOutlierScore, state.spike_threshold * kSpikeDecay);
+  state.spike_threshold = spike ? state.spike_threshold * kSpikeGrowth : calmed;
+  return spike ? kSpike : 0;
 }
 
 /// Long-run variance factor of the noise, from the agreement of successive signs (equation 6).
@@ -156,24 +154,20 @@ ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const State& sta
 /// estimates.
 ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, State& state) {
   const double effective = fmin(state.samples, 2.0 / kGain - 1.0); // Kish
-  if (state.level < state.best_level) {
-    state.best_level = state.level;
-    state.best_samples = effective;
-  } else {
-    state.best_level += kBestLeak * (state.level - state.best_level);
-  }
+  const bool best = state.level < state.best_level;
+  const double leaked = state.best_level + kBestLeak * (state.level - state.best_level);
+  state.best_level = best ? state.level : leaked;
+  state.best_samples = best ? effective : state.best_samples;
   const double risen = state.level - state.best_level;
   const double per_sample = divide(1.0, effective);
   state.rise = divide(risen, scale) *
                inverse_square_root(tau * (per_sample + divide(1.0, state.best_samples)));
-  if (state.samples <= kDriftSamples)
-    return 0;
   const bool drift = state.rise > kDriftErrors &&
                      risen > kDriftShare * fmax(state.start_level - state.best_level, 0.0);
   const double start_error = scale * square_root(tau * (per_sample + 1.0 / kStartupSamples));
   const bool worse =
       state.level - fmax(state.start_level, state.best_level) > kDriftErrors * start_error;
-  return (drift ? kDrift : 0) | (worse ? kWorse : 0);
+  return state.samples > kDriftSamples ? (drift ? kDrift : 0) | (worse ? kWorse : 0) : 0;
 }
 
 /// Takes one loss in and returns the flags of the charts. A loss that is not finite changes

@@ -43,8 +43,9 @@ struct alignas(16) DeviceBlock {
 
 constexpr unsigned kVectorBytes = 16; // of the widest access of a lane
 constexpr unsigned kLanes = 32;
-constexpr unsigned kChangedBytes = __builtin_offsetof(DeviceBlock, ring);
-constexpr unsigned kStagedBytes = __builtin_offsetof(DeviceBlock, lr);
+// Spelt out because NVRTC has no offsetof; bindings.cpp checks them.
+constexpr unsigned kChangedBytes = sizeof(State) + sizeof(PendingLosses) + sizeof(RingCursor);
+constexpr unsigned kStagedBytes = kChangedBytes + sizeof(Ring) + sizeof(Config) + sizeof(int64_t);
 static_assert(kChangedBytes % kVectorBytes == 0 && kChangedBytes <= kLanes * kVectorBytes,
               "one access of the warp stores what a step changes");
 static_assert(kStagedBytes == 2 * kLanes * kVectorBytes, "two accesses load what a step reads");

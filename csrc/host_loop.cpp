@@ -1,17 +1,6 @@
-// HostLoop: observe() and the optimizer's pre-hook for the usual case, one tensor loss a step and
-// lr as a Python float. A base class of adaptlr's HostPath, whose Python methods take every other
-// case.
-//
-// Written against the C API: a call through pybind11, and each Python frame between two steps,
-// costs as much as the control step itself (docs/design.md). Being a real type it takes part in
-// garbage collection; an optimizer owns its hooks, and they must not keep it alive.
-#include "host_loop.h"
-
+// HostLoop: one CPU loss a step, and lr as a Python float in every group.
 #include "cpu.h"
-
-#include <structmember.h>
-
-#include <cstddef>
+#include "loop.h"
 
 namespace adaptlr {
 namespace {
@@ -20,133 +9,95 @@ struct HostLoop {
   PyObject_HEAD PyObject* core; // a HostController; owns controller
   PyObject* written;            // list: the lr objects of the last step, one a group
   HostController* controller;
-  double total;         // sum of the waiting losses
-  double grad_norm;     // of the coming step; negative: not given
-  long long count;      // losses that wait
-  long long last_count; // losses that the last step used
-  long long unobserved; // steps in a row without a loss
-  long long unheeded;   // notices that Python must hear of
-  char mean;            // the loss of a step is the mean of the waiting ones; else their sum
-  char cleared;         // zero_grad was called while a loss waited
-  char observes_first;  // this training loop calls zero_grad between observe and backward
-  char plain;           // lr is a float in every group, and there is no GradScaler to ask
+  double total;     // sum of the waiting losses
+  double grad_norm; // of the coming step; negative: not given
+  Waiting waiting;
 };
 
-struct Names {
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* item = PyUnicode_InternFromString("item");
-  PyObject* lr = PyUnicode_InternFromString("lr");
-  PyObject* param_groups = PyUnicode_InternFromString("param_groups");
-  PyObject* observe_slowly = PyUnicode_InternFromString("observe_slowly");
-  PyObject* step_slowly = PyUnicode_InternFromString("step_slowly");
-  PyObject* answer = PyUnicode_InternFromString("answer");
-};
-
-const Names& names() {
-  static const Names names;
-  return names;
-}
+HostLoop& loop_of(PyObject* self) { return *reinterpret_cast<HostLoop*>(self); }
 
 /// Reads the one element of a CPU tensor; false, and no error set, for anything else.
 bool read_loss(PyObject* loss, double& value) {
-  PyObject* on_cpu = PyObject_GetAttr(loss, names().is_cpu);
-  PyObject* item = on_cpu == Py_True ? PyObject_CallMethodNoArgs(loss, names().item) : nullptr;
-  const bool read = item != nullptr && PyFloat_CheckExact(item);
-  if (read)
-    value = PyFloat_AS_DOUBLE(item);
-  Py_XDECREF(item);
-  Py_XDECREF(on_cpu);
+  const Owned on_cpu = owned(PyObject_GetAttr(loss, ADAPTLR_NAME("is_cpu")));
+  Owned item;
+  if (on_cpu.ptr() == Py_True)
+    item = owned(PyObject_CallMethodNoArgs(loss, ADAPTLR_NAME("item")));
   PyErr_Clear();
-  return read;
+  if (!item || !PyFloat_CheckExact(item.ptr()))
+    return false;
+  value = PyFloat_AS_DOUBLE(item.ptr());
+  return true;
 }
 
 PyObject* observe(PyObject* self, PyObject* loss) {
-  auto& loop = *reinterpret_cast<HostLoop*>(self);
-  if (loop.count != 0 || !read_loss(loss, loop.total))
-    return PyObject_CallMethodOneArg(self, names().observe_slowly, loss);
-  loop.count = 1;
+  HostLoop& loop = loop_of(self);
+  if (loop.waiting.count != 0 || !read_loss(loss, loop.total))
+    return PyObject_CallMethodOneArg(self, ADAPTLR_NAME("observe_slowly"), loss);
+  loop.waiting.count = 1;
   Py_RETURN_NONE;
 }
 
 /// Whether something else has put another object in place of the lr that was written last.
 bool was_overwritten(const HostLoop& loop, PyObject* groups) {
   const Py_ssize_t count = PyList_GET_SIZE(groups);
-  for (Py_ssize_t g = 0; g < count; ++g)
-    if (PyDict_GetItem(PyList_GET_ITEM(groups, g), names().lr) != PyList_GET_ITEM(loop.written, g))
+  for (Py_ssize_t g = 0; g < count; ++g) {
+    PyObject* lr = PyDict_GetItem(PyList_GET_ITEM(groups, g), ADAPTLR_NAME("lr"));
+    if (lr != PyList_GET_ITEM(loop.written, g))
       return true;
+  }
   return false;
 }
 
 bool write_lrs(const HostLoop& loop, PyObject* groups, double multiplier) {
   const Py_ssize_t count = PyList_GET_SIZE(groups);
   for (Py_ssize_t g = 0; g < count; ++g) {
-    PyObject* lr = PyFloat_FromDouble(loop.controller->config.peaks[g] * multiplier);
-    if (lr == nullptr || PyDict_SetItem(PyList_GET_ITEM(groups, g), names().lr, lr) != 0) {
-      Py_XDECREF(lr);
+    Owned lr = owned(PyFloat_FromDouble(loop.controller->config.peaks[g] * multiplier));
+    PyObject* group = PyList_GET_ITEM(groups, g);
+    if (!lr || PyDict_SetItem(group, ADAPTLR_NAME("lr"), lr.ptr()) != 0)
       return false;
-    }
-    PyList_SetItem(loop.written, g, lr); // takes the reference over
+    PyList_SetItem(loop.written, g, lr.release().ptr());
   }
   return true;
 }
 
-/// The control step for `groups`; -1 with an error set.
-int64_t step(HostLoop& loop, PyObject* groups) {
-  const bool divide = loop.mean && loop.count != 1;
-  const double loss = divide ? loop.total / static_cast<double>(loop.count) : loop.total;
-  const bool overwritten = was_overwritten(loop, groups);
-  const Decision decision =
-      loop.controller->step(Signals{loss, loop.grad_norm, -1.0, false, overwritten});
+/// The control step for `groups`.
+Decision decide(HostLoop& loop, PyObject* groups) {
+  Waiting& waiting = loop.waiting;
+  const bool divide = waiting.mean && waiting.count != 1;
+  const double loss = divide ? loop.total / static_cast<double>(waiting.count) : loop.total;
+  const Signals signals{loss, loop.grad_norm, -1.0, false, was_overwritten(loop, groups)};
   loop.grad_norm = -1.0;
-  loop.last_count = loop.count;
-  loop.count = loop.unobserved = 0;
-  loop.observes_first |= loop.cleared;
-  loop.cleared = 0;
-  if (!write_lrs(loop, groups, decision.multiplier))
-    return -1;
-  const int64_t skip = decision.action == Action::kSkip ? kSkipStep : 0;
-  return loop.controller->flight_record().notices() | skip;
+  waiting.taken();
+  return loop.controller->step(signals);
 }
 
-bool is_usual(const HostLoop& loop, PyObject* args, PyObject* kwargs) {
-  return loop.count != 0 && loop.plain && PyTuple_GET_SIZE(args) == 1 &&
-         PyDict_GET_SIZE(kwargs) == 0;
+/// Whether the rates of these groups can be written: `written` has a place for each.
+bool are_known(const HostLoop& loop, PyObject* groups) {
+  return PyList_Check(groups) && PyList_GET_SIZE(groups) <= PyList_GET_SIZE(loop.written) &&
+         PyList_GET_SIZE(groups) <= loop.controller->config.group_count;
 }
 
-/// The pre-hook: (optimizer, args, kwargs) -> None, or what step_slowly returns.
 PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3 || !PyTuple_Check(arguments[1]) || !PyDict_Check(arguments[2])) {
-    PyErr_SetString(PyExc_TypeError, "before_step takes (optimizer, args, kwargs)");
+  if (!check_hook_arguments(arguments, count))
     return nullptr;
-  }
-  auto& loop = *reinterpret_cast<HostLoop*>(self);
-  PyObject* groups = nullptr;
-  if (is_usual(loop, arguments[1], arguments[2])) {
-    groups = PyObject_GetAttr(arguments[0], names().param_groups);
-    if (groups == nullptr)
-      return nullptr;
-  }
-  const bool known = groups != nullptr && PyList_Check(groups) &&
-                     PyList_GET_SIZE(groups) <= loop.controller->config.group_count;
-  if (!known) {
-    Py_XDECREF(groups);
-    return PyObject_CallMethodObjArgs(self, names().step_slowly, arguments[0], arguments[1],
-                                      arguments[2], nullptr);
-  }
-  const int64_t code = step(loop, groups);
-  Py_DECREF(groups);
-  if (code == -1)
+  HostLoop& loop = loop_of(self);
+  if (loop.waiting.count == 0 || !loop.waiting.plain || !is_plain_call(arguments))
+    return step_slowly(self, arguments);
+  const Owned groups = owned(param_groups_of(arguments[0]));
+  if (!groups)
     return nullptr;
-  if (!(code & (loop.unheeded | kSkipStep)))
-    Py_RETURN_NONE;
-  PyObject* number = PyLong_FromLongLong(code);
-  PyObject* answered = number ? PyObject_CallMethodOneArg(self, names().answer, number) : nullptr;
-  Py_XDECREF(number);
-  return answered;
+  if (!are_known(loop, groups.ptr()))
+    return step_slowly(self, arguments);
+  const Decision decision = decide(loop, groups.ptr());
+  if (!write_lrs(loop, groups.ptr(), decision.multiplier))
+    return nullptr;
+  const int64_t skip = decision.action == Action::kSkip ? kSkipStep : 0;
+  const int64_t code = loop.controller->flight_record().notices() | skip;
+  return answer(self, code, loop.waiting.unheeded | kSkipStep);
 }
 
 int initialise(PyObject* self, PyObject* args, PyObject*) {
-  auto& loop = *reinterpret_cast<HostLoop*>(self);
+  HostLoop& loop = loop_of(self);
   PyObject* core = nullptr;
   if (!PyArg_ParseTuple(args, "O", &core))
     return -1;
@@ -160,22 +111,20 @@ int initialise(PyObject* self, PyObject* args, PyObject*) {
   Py_XSETREF(loop.core, core);
   Py_XSETREF(loop.written, PyList_New(0));
   loop.grad_norm = -1.0;
-  loop.mean = 1;
+  loop.waiting.mean = 1;
   return loop.written == nullptr ? -1 : 0;
 }
 
 int traverse(PyObject* self, visitproc visit, void* arg) {
-  auto& loop = *reinterpret_cast<HostLoop*>(self);
-  Py_VISIT(loop.core);
-  Py_VISIT(loop.written);
+  Py_VISIT(loop_of(self).core);
+  Py_VISIT(loop_of(self).written);
   Py_VISIT(Py_TYPE(self));
   return 0;
 }
 
 int clear(PyObject* self) {
-  auto& loop = *reinterpret_cast<HostLoop*>(self);
-  Py_CLEAR(loop.core);
-  Py_CLEAR(loop.written);
+  Py_CLEAR(loop_of(self).core);
+  Py_CLEAR(loop_of(self).written);
   return 0;
 }
 
@@ -187,29 +136,17 @@ void deallocate(PyObject* self) {
   Py_DECREF(type);
 }
 
-template <typename Function> PyCFunction as_method(Function* function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
-}
-
 PyMethodDef methods[] = {
     {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
     {"before_step", as_method(before_step), METH_FASTCALL,
-     "Pre-hook: run the control step; anything unusual goes to step_slowly, its answer to answer."},
+     "Pre-hook: run the control step; anything unusual goes to step_slowly."},
     {nullptr, nullptr, 0, nullptr}};
 
-constexpr const char* kNoDoc = nullptr;
-PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(HostLoop, core), READONLY, kNoDoc},
-                         {"written", T_OBJECT_EX, offsetof(HostLoop, written), READONLY, kNoDoc},
-                         {"total", T_DOUBLE, offsetof(HostLoop, total), 0, kNoDoc},
-                         {"grad_norm", T_DOUBLE, offsetof(HostLoop, grad_norm), 0, kNoDoc},
-                         {"count", T_LONGLONG, offsetof(HostLoop, count), 0, kNoDoc},
-                         {"last_count", T_LONGLONG, offsetof(HostLoop, last_count), 0, kNoDoc},
-                         {"unobserved", T_LONGLONG, offsetof(HostLoop, unobserved), 0, kNoDoc},
-                         {"unheeded", T_LONGLONG, offsetof(HostLoop, unheeded), 0, kNoDoc},
-                         {"mean", T_BOOL, offsetof(HostLoop, mean), 0, kNoDoc},
-                         {"cleared", T_BOOL, offsetof(HostLoop, cleared), 0, kNoDoc},
-                         {"observes_first", T_BOOL, offsetof(HostLoop, observes_first), 0, kNoDoc},
-                         {"plain", T_BOOL, offsetof(HostLoop, plain), 0, kNoDoc},
+PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(HostLoop, core), READONLY, nullptr},
+                         {"written", T_OBJECT_EX, offsetof(HostLoop, written), READONLY, nullptr},
+                         {"total", T_DOUBLE, offsetof(HostLoop, total), 0, nullptr},
+                         {"grad_norm", T_DOUBLE, offsetof(HostLoop, grad_norm), 0, nullptr},
+                         ADAPTLR_WAITING_MEMBERS(offsetof(HostLoop, waiting)),
                          {nullptr, 0, 0, 0, nullptr}};
 
 PyType_Slot slots[] = {{Py_tp_doc, const_cast<char*>("The host path's hot loop; see HostPath.")},
@@ -227,11 +164,15 @@ PyType_Spec spec{"adaptlr._extension.HostLoop", sizeof(HostLoop), 0,
 
 } // namespace
 
-void define_host_loop(pybind11::module_& module) {
-  PyObject* type = PyType_FromSpec(&spec);
-  if (type == nullptr)
+void add_loop_type(pybind11::module_& module, const char* name, PyType_Spec& spec) {
+  const Owned type = owned(PyType_FromSpec(&spec));
+  if (!type)
     throw pybind11::error_already_set();
-  module.attr("HostLoop") = pybind11::reinterpret_steal<pybind11::object>(type);
+  module.attr(name) = type;
+}
+
+void define_host_loop(pybind11::module_& module) {
+  add_loop_type(module, "HostLoop", spec);
   module.attr("SKIP_STEP") = kSkipStep;
   module.attr("NEW_GROUPS") = kNewGroups;
 }

@@ -11,10 +11,19 @@ from adaptlr.bench.facts import facts_of
 from adaptlr.bench.kernels import TRACED_CALLS, DeviceWork, trace
 from adaptlr.bench.report import Report, Row
 from adaptlr.bench.setup import OPTIMIZERS, SMALL, Model, check_undisturbed, large, make_losses
-from adaptlr.bench.subjects import ATTACHED, BARE, FLAGGED, SCHEDULED, make_anchors, make_arms
+from adaptlr.bench.subjects import (
+    ATTACHED,
+    BARE,
+    FLAGGED,
+    LAUNCHING,
+    SCHEDULED,
+    make_anchors,
+    make_arms,
+)
 from adaptlr.bench.targets import (
     ADDED,
     ADDED_BY_ADAPTLR,
+    ADDED_BY_LAUNCH,
     ADDED_BY_SCHEDULER,
     ADDED_BY_TORCH,
     KERNEL,
@@ -137,6 +146,7 @@ def make_rows(
     if FLAGGED in times:
         rows.append(difference(ADDED_BY_TORCH, FLAGGED, BARE))
         rows.append(difference(ADDED_BY_ADAPTLR, ATTACHED, FLAGGED))
+        rows.append(difference(ADDED_BY_LAUNCH, LAUNCHING, FLAGGED))
     if SCHEDULED in times:
         rows.append(difference(ADDED_BY_SCHEDULER, SCHEDULED, BARE))
     for subject in subjects:

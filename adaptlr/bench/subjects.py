@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from adaptlr.controller import AdaptiveLR
 
 BARE = "optimizer.step()"
 FLAGGED = "optimizer.step() with torch's skip flag"
+LAUNCHING = "the same, and a hook that launches an empty kernel"
 ATTACHED = "observe(loss); optimizer.step() with adaptlr"
 OBSERVE = "observe(loss) alone"
 CONTROL = "control step alone"
@@ -47,9 +48,12 @@ class Arms:
 def make_arms(
     name: str, groups: int, model: Model, losses: Losses, calls: int, flagged: bool
 ) -> Arms:
-    """Return the arms of one comparison; ``flagged`` adds torch's skip flag without adaptlr."""
+    """Return the arms of one comparison.
+
+    ``flagged`` adds two arms without adaptlr: with torch's skip flag, and with an empty kernel too.
+    """
     device = losses[0].device
-    optimizers = [make_optimizer(name, groups, model, device) for _ in range(3 if flagged else 2)]
+    optimizers = [make_optimizer(name, groups, model, device) for _ in range(4 if flagged else 2)]
     bare, attached = optimizers[0], optimizers[1]
     controller = attach(attached, losses)
 
@@ -62,10 +66,21 @@ def make_arms(
         Subject(ATTACHED, observed_step, calls),
     ]
     if flagged:
-        with_flag = optimizers[2]
-        set_skip_flag(with_flag, device)
+        with_flag, launching = optimizers[2:]
+        for optimizer in (with_flag, launching):
+            set_skip_flag(optimizer, device)
+        launching.register_step_pre_hook(empty_launch(controller, losses))
         subjects.insert(1, Subject(FLAGGED, lambda _: with_flag.step(), calls))
+        subjects.insert(2, Subject(LAUNCHING, lambda _: launching.step(), calls))
     return Arms(subjects, controller)
+
+
+def empty_launch(controller: AdaptiveLR, losses: Losses) -> Callable[..., None]:
+    """Return what launches an empty kernel through the binding of ``controller``."""
+    core = controller._path.core
+    assert isinstance(core, DeviceController)
+    stream = torch._C._cuda_getCurrentRawStream(losses[0].get_device())
+    return lambda *_: core.launch_empty(stream)
 
 
 def make_anchors(losses: Losses, calls: int) -> list[Subject]:

@@ -1,0 +1,234 @@
+// DeviceLoop: one CUDA loss a step, lr and skip flag read by the optimizer's fused kernels.
+#include "cuda.h"
+#include "loop.h"
+
+#include <stdexcept>
+
+namespace adaptlr {
+namespace {
+
+struct DeviceLoop {
+  PyObject_HEAD PyObject* core; // a DeviceController; owns controller
+  PyObject* optimizer;          // whose rates are views into the block
+  PyObject* stream_of;          // device index -> raw stream
+  PyObject* dtypes;             // tuple of torch dtypes, in the order of Dtype
+  PyObject* lrs;                // list of tensors: what every group's lr is to be; or null
+  PyObject* skip;               // tensor: what the optimizer's found_inf is to be; or null
+  PyObject* first; // the loss that waits, alive until the kernel that reads it is launched; or null
+  PyObject* grad_norm; // of the coming step, for Python to hand over; or null
+  PyObject* index;     // of the device
+  DeviceController* controller;
+  long device;
+  long long launched; // control steps
+  int dtype;          // of `first`
+  char reused;        // the loop's loss lies at one address: fold it before it is overwritten
+  Waiting waiting;
+};
+
+DeviceLoop& loop_of(PyObject* self) { return *reinterpret_cast<DeviceLoop*>(self); }
+
+/// Python puts None where it empties a member.
+bool is_empty(const PyObject* member) { return member == nullptr || member == Py_None; }
+
+/// Calls a method without arguments that returns an integer; -1 for anything else.
+long long call_for_integer(PyObject* object, PyObject* name) {
+  const Owned result = owned(PyObject_CallMethodNoArgs(object, name));
+  const long long value = result ? PyLong_AsLongLong(result.ptr()) : -1;
+  PyErr_Clear();
+  return value;
+}
+
+/// The code of the dtype; -1 for one that kernels do not read, and for what is no tensor.
+int dtype_of(const DeviceLoop& loop, PyObject* loss) {
+  const Owned dtype = owned(PyObject_GetAttr(loss, ADAPTLR_NAME("dtype")));
+  PyErr_Clear();
+  for (Py_ssize_t code = 0; dtype && code < PyTuple_GET_SIZE(loop.dtypes); ++code)
+    if (PyTuple_GET_ITEM(loop.dtypes, code) == dtype.ptr())
+      return static_cast<int>(code);
+  return -1;
+}
+
+/// Whether every group still has the lr that it was given. Asked in observe only, never in a step:
+/// others set lr aside there.
+bool is_bound(const DeviceLoop& loop) {
+  const Owned groups = owned(param_groups_of(loop.optimizer));
+  PyErr_Clear();
+  if (is_empty(loop.lrs) || !groups || !PyList_Check(groups.ptr()) ||
+      PyList_GET_SIZE(groups.ptr()) != PyList_GET_SIZE(loop.lrs))
+    return false;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
+    PyObject* group = PyList_GET_ITEM(groups.ptr(), g);
+    if (PyDict_GetItem(group, ADAPTLR_NAME("lr")) != PyList_GET_ITEM(loop.lrs, g))
+      return false;
+  }
+  return true;
+}
+
+bool is_usual(const DeviceLoop& loop) {
+  const Waiting& waiting = loop.waiting;
+  return waiting.count == 0 && waiting.plain && !loop.reused &&
+         !(loop.controller->flight_record().notices() & waiting.unheeded);
+}
+
+PyObject* observe(PyObject* self, PyObject* loss) {
+  DeviceLoop& loop = loop_of(self);
+  const int dtype = is_usual(loop) ? dtype_of(loop, loss) : -1;
+  if (dtype < 0 || call_for_integer(loss, ADAPTLR_NAME("numel")) != 1 ||
+      call_for_integer(loss, ADAPTLR_NAME("get_device")) != loop.device || !is_bound(loop))
+    return PyObject_CallMethodOneArg(self, ADAPTLR_NAME("observe_slowly"), loss);
+  Py_INCREF(loss);
+  Py_XSETREF(loop.first, loss);
+  loop.dtype = dtype;
+  loop.waiting.count = 1;
+  Py_RETURN_NONE;
+}
+
+/// Whether the optimizer's found_inf is ours already; GradScaler's own needs Python.
+bool reads_our_flag(const DeviceLoop& loop) {
+  const Owned flag = owned(PyObject_GetAttr(loop.optimizer, ADAPTLR_NAME("found_inf")));
+  PyErr_Clear();
+  return flag && flag.ptr() == loop.skip;
+}
+
+/// Whether no group was added: the kernels know those in `lrs`.
+bool has_known_groups(const DeviceLoop& loop) {
+  const Owned groups = owned(param_groups_of(loop.optimizer));
+  PyErr_Clear();
+  return groups && PyList_Check(groups.ptr()) &&
+         PyList_GET_SIZE(groups.ptr()) <= PyList_GET_SIZE(loop.lrs);
+}
+
+driver::Stream current_stream(const DeviceLoop& loop) {
+  const Owned stream = owned(PyObject_CallOneArg(loop.stream_of, loop.index));
+  if (!stream)
+    throw pybind11::error_already_set();
+  return static_cast<driver::Stream>(PyLong_AsVoidPtr(stream.ptr()));
+}
+
+/// Launches the control step on torch's current stream; returns the notices so far.
+int64_t launch(DeviceLoop& loop) {
+  StepParams params{};
+  params.loss =
+      reinterpret_cast<const void*>(call_for_integer(loop.first, ADAPTLR_NAME("data_ptr")));
+  params.loss_dtype = static_cast<Dtype>(loop.dtype);
+  params.grad_norm_value = params.applied_lr = -1.0;
+  params.mean = loop.waiting.mean;
+  const int64_t notices = loop.controller->step(current_stream(loop), params);
+  Py_CLEAR(loop.first);
+  ++loop.launched;
+  loop.waiting.taken();
+  return notices;
+}
+
+PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  if (!check_hook_arguments(arguments, count))
+    return nullptr;
+  DeviceLoop& loop = loop_of(self);
+  const bool usual = loop.waiting.plain && !is_empty(loop.first) && is_empty(loop.grad_norm) &&
+                     arguments[0] == loop.optimizer && is_plain_call(arguments);
+  if (!usual || !reads_our_flag(loop) || !has_known_groups(loop))
+    return step_slowly(self, arguments);
+  try {
+    return answer(self, launch(loop), loop.waiting.unheeded);
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+int initialise(PyObject* self, PyObject* args, PyObject*) {
+  DeviceLoop& loop = loop_of(self);
+  PyObject *core, *optimizer, *stream_of, *index, *dtypes;
+  if (!PyArg_ParseTuple(args, "OOOO!O!", &core, &optimizer, &stream_of, &PyLong_Type, &index,
+                        &PyTuple_Type, &dtypes))
+    return -1;
+  try {
+    loop.controller = pybind11::cast<DeviceController*>(pybind11::handle(core));
+  } catch (const pybind11::cast_error&) {
+    PyErr_SetString(PyExc_TypeError, "core must be a DeviceController");
+    return -1;
+  }
+  loop.device = PyLong_AsLong(index);
+  Py_XSETREF(loop.core, Py_NewRef(core));
+  Py_XSETREF(loop.optimizer, Py_NewRef(optimizer));
+  Py_XSETREF(loop.stream_of, Py_NewRef(stream_of));
+  Py_XSETREF(loop.index, Py_NewRef(index));
+  Py_XSETREF(loop.dtypes, Py_NewRef(dtypes));
+  loop.waiting.mean = 1;
+  return 0;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  const DeviceLoop& loop = loop_of(self);
+  Py_VISIT(loop.core);
+  Py_VISIT(loop.optimizer);
+  Py_VISIT(loop.stream_of);
+  Py_VISIT(loop.index);
+  Py_VISIT(loop.dtypes);
+  Py_VISIT(loop.lrs);
+  Py_VISIT(loop.skip);
+  Py_VISIT(loop.first);
+  Py_VISIT(loop.grad_norm);
+  Py_VISIT(Py_TYPE(self));
+  return 0;
+}
+
+int clear(PyObject* self) {
+  DeviceLoop& loop = loop_of(self);
+  Py_CLEAR(loop.core);
+  Py_CLEAR(loop.optimizer);
+  Py_CLEAR(loop.stream_of);
+  Py_CLEAR(loop.index);
+  Py_CLEAR(loop.dtypes);
+  Py_CLEAR(loop.lrs);
+  Py_CLEAR(loop.skip);
+  Py_CLEAR(loop.first);
+  Py_CLEAR(loop.grad_norm);
+  return 0;
+}
+
+void deallocate(PyObject* self) {
+  PyObject_GC_UnTrack(self);
+  clear(self);
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMethodDef methods[] = {
+    {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
+    {"before_step", as_method(before_step), METH_FASTCALL,
+     "Pre-hook: launch the control step; anything unusual goes to step_slowly."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(DeviceLoop, core), READONLY, nullptr},
+                         {"lrs", T_OBJECT, offsetof(DeviceLoop, lrs), 0, nullptr},
+                         {"skip_flag", T_OBJECT, offsetof(DeviceLoop, skip), 0, nullptr},
+                         {"first", T_OBJECT, offsetof(DeviceLoop, first), 0, nullptr},
+                         {"grad_norm", T_OBJECT, offsetof(DeviceLoop, grad_norm), 0, nullptr},
+                         {"launched", T_LONGLONG, offsetof(DeviceLoop, launched), 0, nullptr},
+                         {"dtype", T_INT, offsetof(DeviceLoop, dtype), 0, nullptr},
+                         {"reused", T_BOOL, offsetof(DeviceLoop, reused), 0, nullptr},
+                         ADAPTLR_WAITING_MEMBERS(offsetof(DeviceLoop, waiting)),
+                         {nullptr, 0, 0, 0, nullptr}};
+
+PyType_Slot slots[] = {{Py_tp_doc, const_cast<char*>("The device's hot loop; see DevicePath.")},
+                       {Py_tp_init, reinterpret_cast<void*>(initialise)},
+                       {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)},
+                       {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+                       {Py_tp_clear, reinterpret_cast<void*>(clear)},
+                       {Py_tp_dealloc, reinterpret_cast<void*>(deallocate)},
+                       {Py_tp_methods, methods},
+                       {Py_tp_members, members},
+                       {0, nullptr}};
+
+PyType_Spec spec{"adaptlr._extension.DeviceLoop", sizeof(DeviceLoop), 0,
+                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, slots};
+
+} // namespace
+
+void define_device_loop(pybind11::module_& module) { add_loop_type(module, "DeviceLoop", spec); }
+
+} // namespace adaptlr
