@@ -68,25 +68,33 @@ def unpack(tensor: object, group_count: int) -> Checkpoint:
     if len(values) < _HEADER or values[0] != VERSION:
         found = values[0] if values else "nothing"
         raise ValueError(f"the checkpoint's adaptlr version must be {VERSION}, got {found}")
-    _, fields, groups, made_steps, total_steps = values[:_HEADER]
+    fields, groups, made_steps, total_steps = _counts(values[1:_HEADER])
     if groups != group_count:
         raise ValueError(
             f"the checkpoint must be of {group_count} parameter groups, as the optimizer has, "
-            f"got {groups:g}"
+            f"got {groups}"
         )
     expected = _HEADER + 2 * group_count + len(STATE_FIELDS)
     if fields != len(STATE_FIELDS) or len(values) != expected:
         raise ValueError(f"the checkpoint must hold {expected} numbers, got {len(values)}")
     peaks = values[_HEADER : _HEADER + 2 * group_count]
+    if not np.isfinite(peaks).all():
+        raise ValueError(f"the checkpoint's peaks must be finite, got {peaks}")
     state = np.array(tuple(values[-len(STATE_FIELDS) :]), dtype=_extension.state_dtype)
     _check_state(state)
     return Checkpoint(
-        int(made_steps),
-        int(total_steps),
+        made_steps,
+        total_steps,
         tuple(peaks[:group_count]),
         tuple(peaks[group_count:]),
         state,
     )
+
+
+def _counts(values: list[float]) -> list[int]:
+    if not all(np.isfinite(value) and value == int(value) for value in values):
+        raise ValueError(f"the checkpoint must begin with counts, got {values}")
+    return [int(value) for value in values]
 
 
 def _check_state(state: npt.NDArray[Any]) -> None:

@@ -204,6 +204,8 @@ CHECKPOINTS = {
     "factor": (with_entry(-10, 7.0), "must lie in"),
     "peak": (with_entry(6, -1.0), "must be finite and not negative, got -1.0"),
     "length": (with_entry(4, -5.0), "total_steps must be at least 1, got -5"),
+    "length nan": (with_entry(3, math.nan), "must begin with counts, got"),
+    "peak nan": (with_entry(5, math.nan), "peaks must be finite, got"),
     "not a tensor": (lambda tensor: "soon", "must be a tensor"),
 }
 

@@ -1,0 +1,55 @@
+"""What the documentation shows runs, and what it names is there."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import adaptlr
+from adaptlr import controller
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_s_ten_lines_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "Status(step=200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", adaptlr.__all__)
+def test_docstring_examples_run(name):
+    thing = getattr(adaptlr, name)
+    finder = doctest.DocTestFinder(recurse=inspect.isclass(thing))
+    runner = doctest.DocTestRunner()
+    for test in finder.find(thing, name, globs=dict(vars(controller))):
+        assert runner.run(test).failed == 0, test.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_the_readme_names_is_there():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*"))
+    for name in re.findall(r"`(test_\w+)…?`", README):
+        assert f"def {name}" in sources, name
+
+
+def test_the_readme_quotes_measured_figures_only():
+    results = "".join(path.read_text() for path in (ROOT / "benchmarks/results").glob("*.md"))
+    table = README.split("What it costs")[1].split("\n\n")[1]
+    figures = re.findall(r"\d+\.\d+", table)
+    assert figures
+    for figure in figures:
+        assert figure in results, figure
