@@ -74,9 +74,11 @@ def _choose_cuda_path(
     device_path: str,
     device: torch.device,
 ) -> Path:
-    from adaptlr.device_path import FusedPath, LateFloatPath  # only where there is a device
+    # Imported only where there is a device.
     from adaptlr.fused_flags import why_not_fused
+    from adaptlr.fused_path import FusedPath
     from adaptlr.kernel_image import kernel_image
+    from adaptlr.late_float_path import LateFloatPath
 
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attach the controller before the capture of a CUDA graph, not in it")

@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -19,9 +19,10 @@ from adaptlr.host_path import HostPath
 from adaptlr.telemetry import Event, Flag, make_event
 
 if TYPE_CHECKING:
-    from adaptlr.device_path import FusedPath, LateFloatPath
+    from adaptlr.fused_path import FusedPath
+    from adaptlr.late_float_path import LateFloatPath
 
-    Path = HostPath | FusedPath | LateFloatPath
+    Path: TypeAlias = HostPath | FusedPath | LateFloatPath
 
 logger = logging.getLogger("adaptlr")
 
@@ -268,6 +269,8 @@ class Attachment:
         self.path.configure(checkpoint.state)
         state = checkpoint.state
         self.start_step = int(state["step"])
+        if self.start_step == 0:
+            return  # the state of a fresh run: Accelerate reloads it when it prepares an optimizer
         lr, factor = float(state["lr"]), float(state["factor"])
         reason = f"resumed at step {self.start_step}"
         self.say("resume", reason, step=self.start_step, lr=lr, factor=factor)

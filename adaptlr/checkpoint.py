@@ -1,4 +1,7 @@
-"""The controller's state as one float64 tensor that travels in the optimizer's own state dict.
+"""The controller's state as one tensor that travels in the optimizer's own state dict.
+
+The tensor holds the bytes of float64 numbers, as uint8: there are devices without float64, and
+frameworks that cast the floating-point tensors of a state dict.
 
 Layout: version, number of State fields, number of groups, the length that the run was made with and
     the one it has now (0: open-ended),
@@ -42,7 +45,7 @@ class Checkpoint:
 
 
 def pack(checkpoint: Checkpoint) -> torch.Tensor:
-    """Lay a checkpoint out as a float64 tensor on the CPU."""
+    """Lay a checkpoint out as a uint8 tensor on the CPU."""
     head = (
         VERSION,
         len(STATE_FIELDS),
@@ -52,7 +55,7 @@ def pack(checkpoint: Checkpoint) -> torch.Tensor:
     )
     state = [float(checkpoint.state[name]) for name in STATE_FIELDS]
     values = [*head, *checkpoint.made_peaks, *checkpoint.peaks, *state]
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.from_numpy(np.array(values, dtype="<f8").view(np.uint8))
 
 
 def unpack(tensor: object, group_count: int) -> Checkpoint:
@@ -64,7 +67,10 @@ def unpack(tensor: object, group_count: int) -> Checkpoint:
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"the checkpoint's {KEY!r} entry must be a tensor, got {type(tensor)}")
-    values = tensor.detach().to("cpu", torch.float64).reshape(-1).tolist()
+    if tensor.dtype is not torch.uint8 or tensor.numel() % 8:
+        found = f"{tensor.numel()} of {tensor.dtype}"
+        raise ValueError(f"the checkpoint's {KEY!r} entry must be bytes of float64, got {found}")
+    values = tensor.detach().cpu().reshape(-1).numpy().view("<f8").tolist()
     if len(values) < _HEADER or values[0] != VERSION:
         found = values[0] if values else "nothing"
         raise ValueError(f"the checkpoint's adaptlr version must be {VERSION}, got {found}")

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from adaptlr import _extension
-from adaptlr.config import GuardMode, ResolvedConfig
-from adaptlr.fused_flags import FusedFlags
+from adaptlr.config import ResolvedConfig
 from adaptlr.host_path import check_loss
 from adaptlr.pending import Pending
 
@@ -22,7 +21,6 @@ DTYPES: dict[torch.dtype, int] = {
     torch.float16: _extension.FLOAT16,
     torch.bfloat16: _extension.BFLOAT16,
 }
-LATE_FLOAT_LAG = 2  # steps that the host may run ahead of the factor it applies
 
 
 class DevicePath(_extension.DeviceLoop, Pending, ABC):
@@ -163,155 +161,3 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
 
     def _rebind(self) -> None:
         """Take back an lr that was replaced. Never inside a step: DCP sets lr aside there."""
-
-
-class FusedPath(DevicePath):
-    """The optimizer's fused kernels read lr and skip flag from device memory: exact, no wait."""
-
-    name = "fused"
-
-    def bind(self) -> None:
-        """Make every group's lr a view into the block; switch the groups to the fused kernels."""
-        offset = _extension.LR_OFFSET
-        views = self._block[offset : offset + 4 * _extension.MAX_GROUPS].view(torch.float32)
-        self._views = list(views.unbind())
-        flag = self._block[_extension.SKIP_OFFSET : _extension.SKIP_OFFSET + 4]
-        self.skip_flag = flag.view(torch.float32)[0]
-        self._flags = FusedFlags(self._optimizer)
-        self._bind_known()
-
-    def adopt(self) -> None:
-        """Take in groups that were added."""
-        self._flags.switch_new()
-        self._bind_known()
-
-    def _bind_known(self) -> None:
-        self.lrs = self._views[: len(self._flags.saved)]
-        self.plain = True
-        self._rebind()
-
-    def _rebind(self) -> None:
-        for group, lr in zip(self._optimizer.param_groups, self.lrs, strict=False):
-            if group["lr"] is not lr:  # an added group still shows its own peak
-                group["lr"] = lr
-
-    def step(self) -> int:
-        """Launch the control step and point the optimizer at the skip flag.
-
-        The optimizer keeps pointing there: setting and deleting ``found_inf`` in every step would
-        cost a hook. GradScaler replaces it before a step and deletes it after.
-
-        Returns:
-            The notices so far; or NEW_GROUPS alone, and nothing was done.
-        """
-        if len(self._optimizer.param_groups) > len(self.lrs):
-            return _extension.NEW_GROUPS
-        attributes = self._optimizer.__dict__
-        flag = attributes.get("found_inf")
-        notices = self._launch(None if flag is self.skip_flag else flag, -1.0)
-        attributes["found_inf"] = self.skip_flag
-        return notices
-
-    def stand_aside(self) -> None:
-        """Let a step pass that is not ours: the flag is that of the last one."""
-        if self._optimizer.__dict__.get("found_inf") is self.skip_flag:
-            del self._optimizer.__dict__["found_inf"]
-
-    def preset(self) -> None:
-        """Nothing to do: the optimizer's kernels read the rate when it is there."""
-
-    def release(self) -> None:
-        """Give the groups Python floats and the user's own flags back. Waits for the device."""
-        for group, lr in zip(self._optimizer.param_groups, self.lrs, strict=False):
-            group["lr"] = float(lr)
-        self._flags.restore()
-        self.stand_aside()
-
-    def saved_group(self, index: int) -> dict[str, Any]:
-        """Return what a checkpoint shows of a group in place of the live values. Waits."""
-        return {"lr": float(self.lrs[index]), **self._flags.saved[index]}
-
-
-class LateFloatPath(DevicePath):
-    """For optimizers that know lr only as a float: schedule on time, factor a little late.
-
-    The host applies the newest factor that the device has reported and runs at most two steps ahead
-    of it. A skipped step has its gradients zeroed on the device, which keeps NaN out; momentum
-    still moves the parameters.
-    """
-
-    name = "float"
-
-    def bind(self) -> None:
-        """Set the rates of the coming step."""
-        self._clock = int(self.state()["step"])
-        self._factor = float(self.state()["factor"])
-        self._skips = self._config.row["guard_mode"] == GuardMode.ACT
-        self.adopt()
-
-    def adopt(self) -> None:
-        """Take in groups that were added."""
-        self._written: list[Any] = [group["lr"] for group in self._optimizer.param_groups]
-        self.preset()
-
-    def step(self) -> int:
-        """Set the rates from the newest factor, launch, zero the gradients if told to."""
-        groups = self._optimizer.param_groups
-        if len(groups) > len(self._written):
-            return _extension.NEW_GROUPS
-        self.core.wait(LATE_FLOAT_LAG)
-        self._factor = self.core.factor
-        overwritten = any(
-            group["lr"] is not lr for group, lr in zip(groups, self._written, strict=True)
-        )
-        lr = self._set_lrs()
-        notices = self._launch(None, lr)
-        self.core.record_event(self._stream(self._index))
-        self._clock += 1
-        if self._skips:
-            self._zero_if_skipped()
-        return notices | (_extension.OVERWRITTEN if overwritten else 0)
-
-    def stand_aside(self) -> None:
-        """Nothing to do: a step that is not ours sees nothing of ours."""
-
-    def preset(self) -> None:
-        """Set the rates of the coming step."""
-        self._set_lrs()
-
-    def _set_lrs(self) -> float:
-        multiplier = self._factor * self._config.multiplier(self._clock)
-        lrs = [peak * multiplier for peak in self._config.peaks]
-        for index, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-            self._written[index] = group["lr"]
-        return max(lrs)
-
-    def _zero_if_skipped(self) -> None:
-        addresses, sizes = [], []
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                values = gradient._values() if gradient.is_sparse else gradient
-                addresses.append(values.data_ptr())
-                sizes.append(values.numel() * values.element_size())
-        self.core.zero_if_skipped(self._stream(self._index), addresses, sizes)
-
-    def configure(self, state: npt.NDArray[Any] | None = None) -> None:
-        """Hand the config, and a State if given, to the device; set the rates that follow."""
-        super().configure(state)
-        if state is not None:
-            self._clock, self._factor = int(state["step"]), float(state["factor"])
-        self.preset()
-
-    def release(self) -> None:
-        """Nothing to do: the rates are Python floats."""
-
-    def saved_group(self, index: int) -> dict[str, Any]:
-        """Return what a checkpoint shows of a group in place of the live values."""
-        return {"lr": float(self._optimizer.param_groups[index]["lr"])}

@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict as dcp
 from conftest import loss_of, parameters_of, same
 
 import adaptlr
@@ -414,6 +415,25 @@ def test_a_checkpoint_survives_torch_save_with_weights_only(make_model, batches,
     assert resumed.status().step == 10
     assert "adaptlr" not in other.param_groups[0]
     assert resumed.events()[0].reason == "resumed at step 10"
+
+
+def test_distributed_checkpointing_carries_the_state_unknowingly(make_model, batches):
+    def fresh():
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, optimizer, AdaptiveLR(optimizer, total_steps=STEPS)
+
+    model, optimizer, controller = fresh()
+    train(model, optimizer, batches, 10, controller)
+    saved = dcp.get_optimizer_state_dict(model, optimizer)
+    resumed, its_optimizer, its_controller = fresh()
+    before = parameters_of(resumed)
+    dcp.set_optimizer_state_dict(resumed, its_optimizer, saved)
+    assert same(before, parameters_of(resumed))  # DCP steps a fresh optimizer to make state appear
+    assert its_controller.status().step == 10
+    its_controller.step(torch.tensor(1.0))
+    controller.step(torch.tensor(1.0))
+    assert its_controller.lr == controller.lr
 
 
 def test_extend_and_set_peak_survive_a_resume_unless_the_constructor_says_otherwise(make_model):

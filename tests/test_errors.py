@@ -187,8 +187,10 @@ def damaged(saved: dict, change) -> dict:
 
 
 def with_entry(index: int, value: float):
+    """Return what changes one of the numbers whose bytes the tensor holds."""
+
     def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor[index] = value
+        tensor.view(torch.float64)[index] = value
         return tensor
 
     return change
@@ -197,7 +199,9 @@ def with_entry(index: int, value: float):
 CHECKPOINTS = {
     "version": (with_entry(0, 9.0), "version must be 1, got 9"),
     "groups": (with_entry(2, 3.0), "must be of 1 parameter groups, as the optimizer has, got 3"),
-    "cut short": (lambda tensor: tensor[:20], "must hold"),
+    "cut short": (lambda tensor: tensor[:160], "must hold"),
+    "cut in a number": (lambda tensor: tensor[:161], "must be bytes of float64, got 161"),
+    "cast": (lambda tensor: tensor.half(), "must be bytes of float64"),
     "empty": (lambda tensor: tensor[:0], "version must be 1, got nothing"),
     "nan": (with_entry(-8, math.nan), "must be finite, got nan"),
     "step": (with_entry(7, 2.5), "step must be a count, got 2.5"),
