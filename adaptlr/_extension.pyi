@@ -103,8 +103,6 @@ class _Loop:
     cleared: bool
     observes_first: bool
     plain: bool
-    step_slowly: Callable[..., Any]
-    answer: Callable[[int], None]
 
     def observe(self, loss: torch.Tensor | float, /) -> None:
         """Take one loss in; anything unusual goes to observe_slowly."""

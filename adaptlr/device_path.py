@@ -61,6 +61,8 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
             self, core, optimizer, self._stream, self._index, tuple(DTYPES)
         )
         Pending.__init__(self, optimizer)
+        flag = self._block[_extension.SKIP_OFFSET : _extension.SKIP_OFFSET + 4]
+        self.skip_flag = flag.view(torch.float32)[0]
         self.bind()
 
     def skip(self) -> None:

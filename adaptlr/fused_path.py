@@ -21,8 +21,6 @@ class FusedPath(DevicePath):
         offset = _extension.LR_OFFSET
         views = self._block[offset : offset + 4 * _extension.MAX_GROUPS].view(torch.float32)
         self._views = list(views.unbind())
-        flag = self._block[_extension.SKIP_OFFSET : _extension.SKIP_OFFSET + 4]
-        self.skip_flag = flag.view(torch.float32)[0]
         self._flags = FusedFlags(self._optimizer)
         self._bind_known()
 

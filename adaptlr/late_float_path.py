@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -73,16 +74,22 @@ class LateFloatPath(DevicePath):
         return max(lrs)
 
     def _zero_if_skipped(self) -> None:
+        """Zero what lies in one piece by one kernel for all, the rest tensor by tensor."""
         addresses, sizes = [], []
+        for gradient in self._gradients():
+            if is_one_piece(gradient):
+                addresses.append(gradient.data_ptr())
+                sizes.append(gradient.numel() * gradient.element_size())
+            else:
+                gradient.masked_fill_(self.skip_flag != 0, 0)
+        self.core.zero_if_skipped(self._stream(self._index), addresses, sizes)
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
-                if gradient is None:
-                    continue
-                values = gradient._values() if gradient.is_sparse else gradient
-                addresses.append(values.data_ptr())
-                sizes.append(values.numel() * values.element_size())
-        self.core.zero_if_skipped(self._stream(self._index), addresses, sizes)
+                if gradient is not None:
+                    yield gradient._values() if gradient.is_sparse else gradient
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the device; set the rates that follow."""
@@ -97,3 +104,11 @@ class LateFloatPath(DevicePath):
     def saved_group(self, index: int) -> dict[str, Any]:
         """Return what a checkpoint shows of a group in place of the live values."""
         return {"lr": float(self._optimizer.param_groups[index]["lr"])}
+
+
+def is_one_piece(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill the memory from the first to the last without gaps."""
+    channels_last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return tensor.is_contiguous() or (
+        tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=channels_last)
+    )

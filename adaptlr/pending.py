@@ -7,6 +7,9 @@ no hook tells that the losses of that step are void. The order of calls does: se
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
@@ -22,6 +25,10 @@ class Pending:
         cleared: Whether zero_grad was called after the first waiting loss.
         observes_first: Whether this loop calls zero_grad between observe and backward.
     """
+
+    # What the hot loops leave to Python; set by `Attachment`.
+    step_slowly: Callable[..., Any]
+    answer: Callable[[int], None]
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         """Start with nothing waiting."""

@@ -6,35 +6,48 @@
 
 namespace adaptlr {
 
-constexpr double kLossLimit =
-    1e30; // what is larger counts as not finite: float32 has almost given up there
-constexpr double kGain = 1.0 / 128.0; // of the moving statistics
-constexpr double kClip =
-    2.5; // scores are clipped here: an outlier moves the level by 0.02 scales at most
-constexpr double kClipVariance =
-    0.9775599834528069; // E[min(Z^2, c^2)] = (2 Phi - 1) - 2 c phi + 2 c^2 (1 - Phi)
-constexpr double kSignGain =
-    1.0 / 512.0;                    // slow, so that a divergence cannot raise its own threshold
+// What is larger counts as not finite: float32 has almost given up there.
+constexpr double kLossLimit = 1e30;
+
+// Of the moving statistics.
+constexpr double kGain = 1.0 / 128.0;
+constexpr double kMaxSamples = 1e6; // 1 / n is below every gain long before
+constexpr double kStartupSamples = 16.0;
+constexpr double kRebaseSamples = 32.0;
+
+// Scores are clipped here: an outlier moves the level by 0.02 scales at most.
+constexpr double kClip = 2.5;
+// E[min(Z^2, c^2)] of a normal Z: (2 Phi - 1) - 2 c phi + 2 c^2 (1 - Phi).
+constexpr double kClipVariance = 0.9775599834528069;
+
+// The smallest scale that counts, as a share of the progress made, and of the level: a float32 loss
+// resolves no less.
+constexpr double kMinScaleShare = 1e-3;
+constexpr double kRoundoff = 5e-7;
+constexpr double kTiny = 1e-30;
+
+// Autocorrelation. Slow, so that a divergence cannot raise its own threshold.
+constexpr double kSignGain = 1.0 / 512.0;
 constexpr double kSignPrior = 32.0; // samples of independent noise assumed at the start
 constexpr double kMaxCorrelation = 0.9;
-constexpr double kStartupSamples = 16.0;
-constexpr double kDriftSamples = 32.0;
-constexpr double kMaxSamples = 1e6;  // 1 / n is below every gain long before
-constexpr double kCusumSlack = 0.5;  // half the shift to be found, in scales
-constexpr double kCusumLimit = 16.0; // Siegmund: over 1e7 steps between false alarms
+
+// DIVERGE. Siegmund's formula: over 1e7 steps between false alarms.
+constexpr double kCusumSlack = 0.5; // half the shift to be found, in scales
+constexpr double kCusumLimit = 16.0;
 constexpr double kOutlierScore = 6.0;
 constexpr double kOutlierRun = 5.0;
+
+// SPIKE.
 constexpr double kSpikeRate = 1e-3; // at most, in the long run
 constexpr double kSpikeGain = 0.5;
-constexpr double kSpikeGrowth = 1.6478971161205929;           // exp(kSpikeGain (1 - kSpikeRate))
-constexpr double kSpikeDecay = 1.0 - kSpikeGain * kSpikeRate; // without a spike
-constexpr double kDriftErrors = 6.5;                          // standard errors
-constexpr double kDriftShare = 0.1;                           // of the progress made
+constexpr double kSpikeGrowth = 1.6478971161205929; // exp(kSpikeGain (1 - kSpikeRate))
+constexpr double kSpikeDecay = 1.0 - kSpikeGain * kSpikeRate;
+
+// DRIFT and WORSE.
+constexpr double kDriftSamples = 32.0;
+constexpr double kDriftErrors = 6.5; // standard errors
+constexpr double kDriftShare = 0.1;  // of the progress made
 constexpr double kBestLeak = 1.0 / 2048.0;
-constexpr double kMinScaleShare = 1e-3; // movements below this share of the progress never count
-constexpr double kRoundoff = 5e-7;      // of the level: a float32 loss resolves no less
-constexpr double kTiny = 1e-30;
-constexpr double kRebaseSamples = 32.0;
 
 ADAPTLR_HOST_DEVICE inline bool is_finite(double x) { return fabs(x) <= kLossLimit; }
 

@@ -1,6 +1,7 @@
 #include "flight_record.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace adaptlr {
 namespace {
@@ -8,6 +9,22 @@ namespace {
 constexpr int64_t kArriving = 8; // lines that the count may be ahead of
 
 int64_t acquire(const int64_t& count) { return __atomic_load_n(&count, __ATOMIC_ACQUIRE); }
+
+/// Of all words but the last, where the checksum itself lies.
+uint64_t checksum_of(const Record& record) {
+  uint64_t words[kLineWords];
+  std::memcpy(words, &record, sizeof(words));
+  uint64_t checksum = 0;
+  for (unsigned place = 0; place + 1 < kLineWords; ++place)
+    checksum ^= turned(words[place], place);
+  return checksum;
+}
+
+Record sealed(Record line, int64_t sequence) {
+  line.sequence = sequence;
+  line.checksum = checksum_of(line);
+  return line;
+}
 
 /// A line may not have arrived yet, or be in the middle of being overwritten.
 bool is_whole(const Record& line, int64_t sequence) {
@@ -29,6 +46,17 @@ std::vector<Record> read(const Record* memory, int64_t slots, const int64_t& cou
 }
 
 } // namespace
+
+void append(const Ring& ring, const Record& record, bool event, RingHeader& counts) {
+  ring.records[counts.records % ring.slots] = sealed(record, counts.records + 1);
+  if (event) {
+    ring.events[counts.events % kEventSlots] = sealed(record, counts.events + 1);
+    counts.events += 1;
+  }
+  counts.records += 1;
+  counts.notices |= notices_of(record);
+  *ring.header = counts;
+}
 
 FlightRecord::FlightRecord(void* memory, int64_t capacity) {
   auto* lines = static_cast<Record*>(memory); // the first line holds the header

@@ -1,4 +1,4 @@
-// The host's side of the rings: owns the memory and reads it while another thread or a GPU writes.
+// The host's side of the rings: lays them out, and reads them while a GPU writes.
 #pragma once
 
 #include "ring.h"
@@ -7,6 +7,9 @@
 #include <vector>
 
 namespace adaptlr {
+
+/// Appends a record on the host. `counts` is the writer's private copy of the header.
+void append(const Ring& ring, const Record& record, bool event, RingHeader& counts);
 
 class FlightRecord {
 public:

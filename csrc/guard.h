@@ -8,11 +8,10 @@
 namespace adaptlr {
 
 constexpr double kMinFactor = 1e-4;
-constexpr double kRewarmStart = 0.1;  // share of cut_factor at which re-warming begins
-constexpr double kRegrowLimit = 0.7;  // of the factor that failed
-constexpr double kDriftBackoff = 0.7; // a drift is slow: a small cut will do
-constexpr double kMaxConsecutiveOverflows =
-    32.0; // halvings of GradScaler's scale, from 2^16 to 2^-16
+constexpr double kRewarmStart = 0.1;              // share of cut_factor at which re-warming begins
+constexpr double kRegrowLimit = 0.7;              // of the factor that failed
+constexpr double kDriftBackoff = 0.7;             // a drift is slow: a small cut will do
+constexpr double kMaxConsecutiveOverflows = 32.0; // GradScaler's scale: from 2^16 to 2^-16
 constexpr int32_t kAlarms = kDiverge | kDrift | kWorse;
 
 ADAPTLR_HOST_DEVICE inline Phase phase_of(const State& state) {

@@ -9,10 +9,6 @@
 
 #include "controller.h"
 
-#ifndef __CUDACC_RTC__
-#include <cstring>
-#endif
-
 namespace adaptlr {
 
 constexpr int64_t kEventSlots = 1024 + 1; // one is always being written
@@ -47,35 +43,5 @@ ADAPTLR_HOST_DEVICE inline int64_t notices_of(const Record& record) {
   const bool failed = record.phase == static_cast<int16_t>(Phase::kFailed);
   return (record.flags & (kEnded | kOverwritten)) | (failed ? kFailedNotice : 0);
 }
-
-#ifndef __CUDACC_RTC__
-/// Of all words but the last, where the checksum itself lies.
-inline uint64_t checksum_of(const Record& record) {
-  uint64_t words[kLineWords];
-  memcpy(words, &record, sizeof(words));
-  uint64_t checksum = 0;
-  for (unsigned place = 0; place + 1 < kLineWords; ++place)
-    checksum ^= turned(words[place], place);
-  return checksum;
-}
-
-inline Record sealed(Record line, int64_t sequence) {
-  line.sequence = sequence;
-  line.checksum = checksum_of(line);
-  return line;
-}
-
-/// Appends a record on the host. `counts` is the writer's private copy of the header.
-inline void append(const Ring& ring, const Record& record, bool event, RingHeader& counts) {
-  ring.records[counts.records % ring.slots] = sealed(record, counts.records + 1);
-  if (event) {
-    ring.events[counts.events % kEventSlots] = sealed(record, counts.events + 1);
-    counts.events += 1;
-  }
-  counts.records += 1;
-  counts.notices |= notices_of(record);
-  *ring.header = counts;
-}
-#endif
 
 } // namespace adaptlr

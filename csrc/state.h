@@ -149,7 +149,7 @@ struct Record {
   int16_t previous_phase;
   int16_t flags;
   int16_t action;
-  uint64_t checksum; // of the rest, made by seal() in ring.h
+  uint64_t checksum; // of the words before it
 };
 static_assert(sizeof(Record) == 128, "records are copied in whole cache lines");
 

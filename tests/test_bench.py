@@ -19,7 +19,16 @@ from adaptlr.bench.facts import facts_of
 from adaptlr.bench.kernels import DeviceWork
 from adaptlr.bench.measure import make_rows
 from adaptlr.bench.report import COLUMNS
-from adaptlr.bench.subjects import ATTACHED, BARE, EMPTY, FLAGGED, make_anchors
+from adaptlr.bench.subjects import (
+    ATTACHED,
+    BARE,
+    CONTROL,
+    EMPTY,
+    FLAGGED,
+    LAUNCHING,
+    OBSERVE,
+    make_anchors,
+)
 from adaptlr.bench.targets import targets_of
 from adaptlr.bench.timing import Subject
 
@@ -109,8 +118,11 @@ def test_csv_and_json_hold_every_row(report: Report) -> None:
 
 def test_gpu_report_sets_host_and_device_time_apart() -> None:
     title = "SGD, 1 group, 1 small tensor a group"
-    host = {BARE: 20.0, FLAGGED: 21.0, ATTACHED: 27.0, EMPTY: 5.0}
-    kernels = {BARE: {"sgd": [3.0]}, FLAGGED: {"sgd": [4.0]}, EMPTY: {"empty": [0.5]}}
+    host = {BARE: 20.0, FLAGGED: 21.0, LAUNCHING: 26.0, ATTACHED: 27.0}
+    host |= {OBSERVE: 1.0, CONTROL: 7.0, EMPTY: 5.0}
+    kernels = {BARE: {"sgd": [3.0]}, FLAGGED: {"sgd": [4.0]}, OBSERVE: {}}
+    kernels |= {CONTROL: {"adaptlr_control_step": [2.25]}, EMPTY: {"empty": [0.5]}}
+    kernels[LAUNCHING] = {"sgd": [4.0], "empty": [0.5]}
     kernels[ATTACHED] = {"sgd": [4.0], "adaptlr_control_step": [2.5]}
     rows = make_rows(
         title,
@@ -124,8 +136,9 @@ def test_gpu_report_sets_host_and_device_time_apart() -> None:
     assert report.markdown().startswith("GPU X, driver 1, ")
     assert facts.slug() == "gpu-x"
     assert [(row[2], row[3]) for row in targets[2:]] == [
-        ("2.50 us (the slowest of 1 comparisons)", "yes"),
-        ("7.00 us, 1.40 times", "yes"),
+        ("2.25 us", "yes"),
+        ("2.50 us in the slowest of 1 models", "yes"),
+        ("8.00 us, 1.60 times", "**no**"),
         ("6.00 us, 1.20 times", "yes"),
     ]
     assert ["added by adaptlr", "7.00", "7.00 to 7.00", "3.50", "1"] in table

@@ -403,6 +403,18 @@ def test_zeroing_reaches_every_byte_and_no_other(make_model):
         assert not tensor[1:-1].any()
 
 
+def test_gradients_that_are_no_one_piece_are_zeroed_within_their_bounds():
+    parameter = torch.nn.Parameter(torch.ones(4, 3, device="cuda"))
+    optimizer = torch.optim.RMSprop([parameter], lr=0.1)
+    controller = AdaptiveLR(optimizer, total_steps=10)
+    wide = torch.ones(4, 6, device="cuda")
+    parameter.grad = wide[:, ::2]
+    controller.step(torch.full((), float("nan"), device="cuda"))
+    assert wide[:, ::2].abs().sum() == 0
+    assert wide[:, 1::2].sum() == 12
+    assert (parameter == 1).all()
+
+
 @pytest.mark.parametrize("name", ["SGD momentum", "AdamW"])
 def test_resuming_on_the_device_equals_never_having_stopped(name, make_model, data):
     def fresh():
