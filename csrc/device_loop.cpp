@@ -189,14 +189,6 @@ int clear(PyObject* self) {
   return 0;
 }
 
-void deallocate(PyObject* self) {
-  PyObject_GC_UnTrack(self);
-  clear(self);
-  PyTypeObject* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
 PyMethodDef methods[] = {
     {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
     {"before_step", as_method(before_step), METH_FASTCALL,
@@ -214,21 +206,11 @@ PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(DeviceLoop, core), READO
                          ADAPTLR_WAITING_MEMBERS(offsetof(DeviceLoop, waiting)),
                          {nullptr, 0, 0, 0, nullptr}};
 
-PyType_Slot slots[] = {{Py_tp_doc, const_cast<char*>("The device's hot loop; see DevicePath.")},
-                       {Py_tp_init, reinterpret_cast<void*>(initialise)},
-                       {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)},
-                       {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
-                       {Py_tp_clear, reinterpret_cast<void*>(clear)},
-                       {Py_tp_dealloc, reinterpret_cast<void*>(deallocate)},
-                       {Py_tp_methods, methods},
-                       {Py_tp_members, members},
-                       {0, nullptr}};
-
-PyType_Spec spec{"adaptlr._extension.DeviceLoop", sizeof(DeviceLoop), 0,
-                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, slots};
-
 } // namespace
 
-void define_device_loop(pybind11::module_& module) { add_loop_type(module, "DeviceLoop", spec); }
+void define_device_loop(pybind11::module_& module) {
+  add_loop_type(module, {"adaptlr._extension.DeviceLoop", sizeof(DeviceLoop), initialise, traverse,
+                         clear, deallocate<clear>, methods, members});
+}
 
 } // namespace adaptlr

@@ -128,14 +128,6 @@ int clear(PyObject* self) {
   return 0;
 }
 
-void deallocate(PyObject* self) {
-  PyObject_GC_UnTrack(self);
-  clear(self);
-  PyTypeObject* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
 PyMethodDef methods[] = {
     {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
     {"before_step", as_method(before_step), METH_FASTCALL,
@@ -149,30 +141,11 @@ PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(HostLoop, core), READONL
                          ADAPTLR_WAITING_MEMBERS(offsetof(HostLoop, waiting)),
                          {nullptr, 0, 0, 0, nullptr}};
 
-PyType_Slot slots[] = {{Py_tp_doc, const_cast<char*>("The host path's hot loop; see HostPath.")},
-                       {Py_tp_init, reinterpret_cast<void*>(initialise)},
-                       {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)},
-                       {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
-                       {Py_tp_clear, reinterpret_cast<void*>(clear)},
-                       {Py_tp_dealloc, reinterpret_cast<void*>(deallocate)},
-                       {Py_tp_methods, methods},
-                       {Py_tp_members, members},
-                       {0, nullptr}};
-
-PyType_Spec spec{"adaptlr._extension.HostLoop", sizeof(HostLoop), 0,
-                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, slots};
-
 } // namespace
 
-void add_loop_type(pybind11::module_& module, const char* name, PyType_Spec& spec) {
-  const Owned type = owned(PyType_FromSpec(&spec));
-  if (!type)
-    throw pybind11::error_already_set();
-  module.attr(name) = type;
-}
-
 void define_host_loop(pybind11::module_& module) {
-  add_loop_type(module, "HostLoop", spec);
+  add_loop_type(module, {"adaptlr._extension.HostLoop", sizeof(HostLoop), initialise, traverse,
+                         clear, deallocate<clear>, methods, members});
   module.attr("SKIP_STEP") = kSkipStep;
   module.attr("NEW_GROUPS") = kNewGroups;
 }

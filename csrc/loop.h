@@ -97,8 +97,29 @@ template <typename Function> PyCFunction as_method(Function* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
 }
 
+/// Ends an object of a loop type, once `Clear` has given up its references.
+template <inquiry Clear> void deallocate(PyObject* self) {
+  PyObject_GC_UnTrack(self);
+  Clear(self);
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+/// What the two types differ in.
+struct LoopType {
+  const char* name; // with its module
+  std::size_t size;
+  initproc initialise;
+  traverseproc traverse;
+  inquiry clear;
+  destructor deallocate;
+  PyMethodDef* methods;
+  PyMemberDef* members;
+};
+
 /// Makes a type that Python classes can build on, and adds it to the module.
-void add_loop_type(pybind11::module_& module, const char* name, PyType_Spec& spec);
+void add_loop_type(pybind11::module_& module, const LoopType& type);
 
 void define_host_loop(pybind11::module_& module);
 void define_device_loop(pybind11::module_& module);
