@@ -30,8 +30,6 @@ BLOCK_BYTES: Final[int]
 STATE_OFFSET: Final[int]
 LR_OFFSET: Final[int]
 SKIP_OFFSET: Final[int]
-PENDING_OFFSET: Final[int]
-PENDING_BYTES: Final[int]
 # Steps that DeviceController.wait can look back.
 MAX_LAG: Final[int]
 # Element types of the scalars that kernels read.

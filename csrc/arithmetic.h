@@ -28,14 +28,19 @@ __device__ inline double inverse_square_root(double x) {
 /// a / b for a normal b, to the last bit or two.
 __device__ inline double divide(double a, double b) { return a * reciprocal(b); }
 
+/// Of x >= 0; what is not normal comes out next to 0.
 __device__ inline double square_root(double x) {
-  return x > 1e-300 ? x * inverse_square_root(x) : 0.0;
+  return x * inverse_square_root(x > 1e-300 ? x : 1e-300);
 }
 #else
 inline double inverse_square_root(double x) { return 1.0 / sqrt(x); }
 inline double divide(double a, double b) { return a / b; }
 inline double square_root(double x) { return sqrt(x); }
 #endif
+
+/// Of numbers: unlike fmax and fmin these need not look for NaN.
+ADAPTLR_HOST_DEVICE inline double larger(double a, double b) { return a > b ? a : b; }
+ADAPTLR_HOST_DEVICE inline double smaller(double a, double b) { return a < b ? a : b; }
 
 /// sin(pi/2 x) for x in [-1, 1], to 4e-16. Its Taylor series; the first term left out is 1e-18.
 ADAPTLR_HOST_DEVICE inline double sin_quarter_turns(double x) {

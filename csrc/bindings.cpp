@@ -147,21 +147,22 @@ Dtype dtype_of(int code) {
   return static_cast<Dtype>(code);
 }
 
+Scalar scalar_of(std::uintptr_t address, int dtype) {
+  return Scalar{reinterpret_cast<const void*>(address), dtype_of(dtype), 0};
+}
+
 // Addresses and streams come as integers: the extension knows nothing of torch.
-const void* pointer_of(std::uintptr_t address) { return reinterpret_cast<const void*>(address); }
 driver::Stream stream_of(std::uintptr_t stream) { return reinterpret_cast<driver::Stream>(stream); }
 
 StepParams step_params(std::uintptr_t loss, int loss_dtype, bool mean, std::uintptr_t grad_norm,
                        int grad_norm_dtype, double grad_norm_value, std::uintptr_t overflow,
                        double applied_lr) {
   StepParams params{};
-  params.loss = pointer_of(loss);
-  params.grad_norm = pointer_of(grad_norm);
-  params.overflow = static_cast<const float*>(pointer_of(overflow));
-  params.grad_norm_value = grad_norm_value;
+  params.inputs[kLoss] = scalar_of(loss, loss_dtype);
+  params.inputs[kGradNorm] = scalar_of(grad_norm, grad_norm_dtype);
+  params.inputs[kFoundInf] = scalar_of(overflow, static_cast<int>(Dtype::kFloat32));
+  params.grad_norm = grad_norm_value;
   params.applied_lr = applied_lr;
-  params.loss_dtype = dtype_of(loss_dtype);
-  params.grad_norm_dtype = dtype_of(grad_norm_dtype);
   params.mean = mean;
   return params;
 }
@@ -234,13 +235,13 @@ void define_device_controller(py::module_& module) {
       .def(
           "fold",
           [](DeviceController& c, std::uintptr_t stream, std::uintptr_t loss, int dtype) {
-            c.fold(stream_of(stream), pointer_of(loss), dtype_of(dtype), false);
+            c.fold(stream_of(stream), scalar_of(loss, dtype), false);
           },
           py::arg("stream"), py::arg("loss"), py::arg("dtype"))
       .def(
           "drop_losses",
           [](DeviceController& c, std::uintptr_t stream) {
-            c.fold(stream_of(stream), nullptr, Dtype::kFloat32, true);
+            c.fold(stream_of(stream), Scalar{}, true);
           },
           py::arg("stream"))
       .def("configure", &configure, py::arg("stream"), py::arg("config") = py::none(),
@@ -267,8 +268,6 @@ void define_kernels(py::module_& module) {
   module.attr("SKIP_OFFSET") = offsetof(DeviceBlock, skip);
   module.attr("OVERWRITTEN") = static_cast<int>(kOverwritten);
   module.attr("MAX_LAG") = DeviceController::kMaxLag;
-  module.attr("PENDING_OFFSET") = offsetof(DeviceBlock, pending);
-  module.attr("PENDING_BYTES") = sizeof(PendingLosses);
   module.attr("FLOAT32") = static_cast<int>(Dtype::kFloat32);
   module.attr("FLOAT64") = static_cast<int>(Dtype::kFloat64);
   module.attr("FLOAT16") = static_cast<int>(Dtype::kFloat16);

@@ -46,15 +46,27 @@ ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measure
   record.rise = state.rise;
   record.grad_norm = signals.grad_norm < 0.0 ? nan("") : signals.grad_norm;
   record.previous_factor = state.factor;
-  record.previous_phase = static_cast<int16_t>(phase_of(state));
+  record.previous_phase = static_cast<int16_t>(state.phase);
+}
+
+/// Whether this step belongs among the events.
+ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, int32_t flags, double previous_phase,
+                                         const State& state) {
+  const bool ends = (flags & kEnded) != 0 && state.step == config.total_steps;
+  const bool guarded =
+      config.guard_mode != GuardMode::kOff && previous_phase != static_cast<double>(Phase::kFailed);
+  const bool answered = (flags & (kNonfinite | kOverflow)) != 0 || state.last_alarm == state.step ||
+                        state.phase != previous_phase;
+  return ends || (guarded && answered);
 }
 
 /// Advances the run by one optimizer step. No allocation, no I/O. A failed run measures nothing and
 /// skips every step.
 ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Signals& signals,
                                                  State& state, Record& record) {
-  Decision decision{0.0, Action::kSkip, outer_flags(config, signals, state)};
-  const bool failed = phase_of(state) == Phase::kFailed;
+  Decision decision{0.0, Action::kSkip, outer_flags(config, signals, state), false};
+  const bool failed = is_in(Phase::kFailed, state);
+  const double previous_phase = state.phase;
   double scale;
   if (failed)
     scale = scale_of(state);
@@ -66,30 +78,17 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
   if (decision.action == Action::kSkip && config.guard_mode == GuardMode::kAct)
     state.skips += 1.0;
 
+  decision.event = is_event(config, decision.flags, previous_phase, state);
   decision.multiplier = state.factor * schedule(config, state.step);
   state.lr = signals.applied_lr >= 0.0 ? signals.applied_lr : config.peak * decision.multiplier;
   state.step += 1.0;
 
   record.lr = state.lr;
   record.factor = state.factor;
-  record.phase = static_cast<int16_t>(phase_of(state));
+  record.phase = static_cast<int16_t>(state.phase);
   record.flags = static_cast<int16_t>(decision.flags);
   record.action = static_cast<int16_t>(decision.action);
   return decision;
-}
-
-/// Whether a record belongs among the events: something was done, or would have been.
-ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, const State& state,
-                                         const Record& record) {
-  if (record.flags & kEnded && record.step == static_cast<int64_t>(config.total_steps))
-    return true;
-  if (config.guard_mode == GuardMode::kOff)
-    return false;
-  if (record.previous_phase == static_cast<int32_t>(Phase::kFailed))
-    return false;
-  const bool answered = state.last_alarm == static_cast<double>(record.step);
-  return answered || record.flags & (kNonfinite | kOverflow) ||
-         record.phase != record.previous_phase;
 }
 
 } // namespace adaptlr

@@ -10,7 +10,7 @@ HostController::HostController(const Config& config, int64_t history_size)
 Decision HostController::step(const Signals& signals) {
   Record record;
   const Decision decision = control_step(config, signals, state, record);
-  append(flight_record_.ring(), record, is_event(config, state, record), counts_);
+  append(flight_record_.ring(), record, decision.event, counts_);
   return decision;
 }
 

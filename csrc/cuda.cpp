@@ -109,8 +109,8 @@ int64_t DeviceController::step(driver::Stream stream, StepParams& params) {
   return flight_record_.notices();
 }
 
-void DeviceController::fold(driver::Stream stream, const void* loss, Dtype dtype, bool restart) {
-  FoldParams params{block_, loss, dtype, restart};
+void DeviceController::fold(driver::Stream stream, const Scalar& loss, bool restart) {
+  FoldParams params{block_, loss, restart};
   launch(kernels_.fold, {}, 1, stream, &params);
 }
 

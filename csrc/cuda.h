@@ -29,8 +29,8 @@ public:
   /// Launches one control step; fills in the block's address. Returns the notices so far.
   int64_t step(driver::Stream stream, StepParams& params);
 
-  /// Adds a loss to the pending ones; `restart` forgets those first, `loss` may then be 0.
-  void fold(driver::Stream stream, const void* loss, Dtype dtype, bool restart);
+  /// Adds a loss to the pending ones; `restart` forgets those first, `loss` may then be none.
+  void fold(driver::Stream stream, const Scalar& loss, bool restart);
 
   /// Replaces what is given and sets the lr for the coming step. Clears the notices, too: seen by
   /// the host with the next step's record.

@@ -52,7 +52,7 @@ constexpr double kBestLeak = 1.0 / 2048.0;
 ADAPTLR_HOST_DEVICE inline bool is_finite(double x) { return fabs(x) <= kLossLimit; }
 
 ADAPTLR_HOST_DEVICE inline double clamp(double x, double low, double high) {
-  return fmin(fmax(x, low), high);
+  return smaller(larger(x, low), high);
 }
 
 /// Variance of the least-squares slope of unit noise, over n samples or the window of the gain
@@ -60,7 +60,7 @@ ADAPTLR_HOST_DEVICE inline double clamp(double x, double low, double high) {
 ADAPTLR_HOST_DEVICE inline double slope_variance(double n) {
   constexpr double kOdds = kGain / (2.0 - kGain);
   constexpr double kWindow = 2.0 * kOdds * kOdds * kOdds;
-  return fmax(divide(12.0, n * n * n - n), kWindow);
+  return larger(divide(12.0, n * n * n - n), kWindow);
 }
 
 /// Discounted regression over a relative clock (equations 7 and 8): no sum grows with time.
@@ -75,7 +75,7 @@ ADAPTLR_HOST_DEVICE inline void regress(double gain, double residual, State& sta
 /// Three losses in a row over three times the largest so far: no statistics are needed to call that
 /// divergence.
 ADAPTLR_HOST_DEVICE inline bool refuse(double loss, State& state) {
-  const double range = 2.0 * fmax(fabs(state.max_loss), fabs(state.min_loss));
+  const double range = 2.0 * larger(fabs(state.max_loss), fabs(state.min_loss));
   if (state.samples <= 4.0 || !(loss - state.max_loss > range))
     return false;
   state.samples -= 1.0;
@@ -92,8 +92,8 @@ ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
   const double n = state.samples;
   const double gain = divide(1.0, n);
   const bool first = n == 1.0;
-  state.max_loss = first ? loss : fmax(state.max_loss, loss);
-  state.min_loss = first ? loss : fmin(state.min_loss, loss);
+  state.max_loss = first ? loss : larger(state.max_loss, loss);
+  state.min_loss = first ? loss : smaller(state.min_loss, loss);
   state.outlier_run = 0.0;
   const double residual = first ? 0.0 : loss - state.level;
   state.level = first ? loss : state.level + gain * residual;
@@ -110,19 +110,19 @@ ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
 
 /// The smallest scale that counts (equation 4).
 ADAPTLR_HOST_DEVICE inline double scale_floor(const State& state) {
-  const double progress = kMinScaleShare * fmax(state.start_level - state.best_level, 0.0);
-  return fmax(fmax(progress, kRoundoff * fabs(state.level)), kTiny);
+  const double progress = kMinScaleShare * larger(state.start_level - state.best_level, 0.0);
+  return larger(larger(progress, kRoundoff * fabs(state.level)), kTiny);
 }
 
 ADAPTLR_HOST_DEVICE inline double scale_of(const State& state) {
   const double deviation = square_root(state.variance);
-  return state.samples <= kStartupSamples ? deviation : fmax(deviation, scale_floor(state));
+  return state.samples <= kStartupSamples ? deviation : larger(deviation, scale_floor(state));
 }
 
 /// One loss far out, against a threshold that calibrates itself to kSpikeRate.
 ADAPTLR_HOST_DEVICE inline int32_t spike_chart(State& state) {
   const bool spike = state.score > state.spike_threshold;
-  const double calmed = fmax(kOutlierScore, state.spike_threshold * kSpikeDecay);
+  const double calmed = larger(kOutlierScore, state.spike_threshold * kSpikeDecay);
   state.spike_threshold = spike ? state.spike_threshold * kSpikeGrowth : calmed;
   return spike ? kSpike : 0;
 }
@@ -131,7 +131,7 @@ ADAPTLR_HOST_DEVICE inline int32_t spike_chart(State& state) {
 /// Products of scores would let an excursion raise its own threshold.
 ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, State& state) {
   const double centred = bounded - state.mean_score;
-  const double sign_gain = fmax(kSignGain, divide(1.0, state.samples + kSignPrior));
+  const double sign_gain = larger(kSignGain, divide(1.0, state.samples + kSignPrior));
   const double agreement = (centred > 0.0) == (state.previous_score > 0.0) ? 1.0 : -1.0;
   state.sign_agreement += sign_gain * (agreement - state.sign_agreement);
   state.previous_score = centred;
@@ -143,7 +143,7 @@ ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, S
 /// The loss runs away: a cumulative sum of bounded scores, or a run of outliers.
 ADAPTLR_HOST_DEVICE inline int32_t diverge_chart(double bounded, double tau, State& state) {
   state.cusum =
-      fmax(0.0, state.cusum + bounded * inverse_square_root(kClipVariance * tau) - kCusumSlack);
+      larger(0.0, state.cusum + bounded * inverse_square_root(kClipVariance * tau) - kCusumSlack);
   state.outlier_run = state.score > kOutlierScore ? state.outlier_run + 1.0 : 0.0;
   return state.cusum > kCusumLimit || state.outlier_run >= kOutlierRun ? kDiverge : 0;
 }
@@ -152,21 +152,21 @@ ADAPTLR_HOST_DEVICE inline int32_t diverge_chart(double bounded, double tau, Sta
 ADAPTLR_HOST_DEVICE inline void track(double gain, double bounded, double residual, double floor,
                                       State& state) {
   state.level += gain * residual;
-  state.variance = fmax(state.variance, floor * floor) *
+  state.variance = larger(state.variance, floor * floor) *
                    (1.0 + gain * (bounded * bounded * (1.0 / kClipVariance) - 1.0));
 }
 
 ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const State& state) {
   const double explained = state.age_covariance * state.slope; // C^2 / V
-  const double residual_variance = fmax(state.variance - explained, 0.05 * state.variance);
+  const double residual_variance = larger(state.variance - explained, 0.05 * state.variance);
   const double variance = slope_variance(state.samples) * residual_variance * tau;
-  return state.slope * inverse_square_root(fmax(variance, 1e-38));
+  return state.slope * inverse_square_root(larger(variance, 1e-38));
 }
 
 /// The level has risen above its best, or above its start. Both sides of the comparison are
 /// estimates.
 ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, State& state) {
-  const double effective = fmin(state.samples, 2.0 / kGain - 1.0); // Kish
+  const double effective = smaller(state.samples, 2.0 / kGain - 1.0); // Kish
   const bool best = state.level < state.best_level;
   const double leaked = state.best_level + kBestLeak * (state.level - state.best_level);
   state.best_level = best ? state.level : leaked;
@@ -176,10 +176,10 @@ ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, State&
   state.rise = divide(risen, scale) *
                inverse_square_root(tau * (per_sample + divide(1.0, state.best_samples)));
   const bool drift = state.rise > kDriftErrors &&
-                     risen > kDriftShare * fmax(state.start_level - state.best_level, 0.0);
+                     risen > kDriftShare * larger(state.start_level - state.best_level, 0.0);
   const double start_error = scale * square_root(tau * (per_sample + 1.0 / kStartupSamples));
   const bool worse =
-      state.level - fmax(state.start_level, state.best_level) > kDriftErrors * start_error;
+      state.level - larger(state.start_level, state.best_level) > kDriftErrors * start_error;
   return state.samples > kDriftSamples ? (drift ? kDrift : 0) | (worse ? kWorse : 0) : 0;
 }
 
@@ -189,16 +189,16 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& sca
   scale = scale_of(state);
   if (!is_finite(loss))
     return kNonfinite;
-  state.samples = fmin(state.samples + 1.0, kMaxSamples);
+  state.samples = smaller(state.samples + 1.0, kMaxSamples);
   state.observed += 1.0;
   if (state.samples <= kStartupSamples) {
     const int32_t flags = start_up(loss, state);
     scale = scale_of(state);
     return flags;
   }
-  const double gain = fmax(kGain, divide(1.0, state.samples));
+  const double gain = larger(kGain, divide(1.0, state.samples));
   const double floor = scale_floor(state);
-  scale = fmax(scale, floor);
+  scale = larger(scale, floor);
   state.score = divide(loss - state.level, scale);
   const double bounded = clamp(state.score, -kClip, kClip);
   const double residual = scale * bounded;
@@ -214,16 +214,16 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& sca
 /// Forgets how sure the statistics were; `accept` also takes the present level for the new
 /// reference.
 ADAPTLR_HOST_DEVICE inline void rebase(double loss, bool accept, State& state) {
-  state.samples = fmin(state.samples, kRebaseSamples);
-  state.mean_age = fmin(state.mean_age, 0.5 * kRebaseSamples);
-  state.age_variance = fmin(state.age_variance, kRebaseSamples * kRebaseSamples / 12.0);
+  state.samples = smaller(state.samples, kRebaseSamples);
+  state.mean_age = smaller(state.mean_age, 0.5 * kRebaseSamples);
+  state.age_variance = smaller(state.age_variance, kRebaseSamples * kRebaseSamples / 12.0);
   state.age_covariance = state.cusum = state.outlier_run = 0.0;
-  state.max_loss = fmax(state.max_loss, loss);
+  state.max_loss = larger(state.max_loss, loss);
   if (!accept)
     return;
   state.best_level = state.level;
   state.best_samples = state.samples;
-  state.start_level = fmax(state.start_level, state.level);
+  state.start_level = larger(state.start_level, state.level);
 }
 
 } // namespace adaptlr

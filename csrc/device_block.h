@@ -6,9 +6,14 @@
 
 namespace adaptlr {
 
-/// Element type of a scalar that a kernel reads.
+/// A number on the device that a kernel reads.
 enum class Dtype : int32_t { kFloat32, kFloat64, kFloat16, kBfloat16 };
 constexpr int32_t kDtypes = 4;
+struct Scalar {
+  const void* address; // 0: none
+  Dtype dtype;
+  int32_t reserved;
+};
 
 /// Losses folded in since the last control step, less the one that the step reads by itself.
 struct PendingLosses {
@@ -51,26 +56,28 @@ static_assert(kChangedBytes % kVectorBytes == 0 && kChangedBytes <= kLanes * kVe
 static_assert(kStagedBytes == 2 * kLanes * kVectorBytes, "two accesses load what a step reads");
 static_assert(kMaxGroups == 2 * kLanes, "a lane looks after two groups");
 
-/// Of adaptlr_control_step and adaptlr_empty. Addresses are 0 where there is nothing to read.
+/// The scalars that a control step reads, one lane each.
+enum Input {
+  kLoss,     // the last loss; earlier ones are in block->pending
+  kGradNorm, // before clipping
+  kFoundInf, // GradScaler's; > 0: it found an infinite gradient
+  kInputs
+};
+
+/// Of adaptlr_control_step and adaptlr_empty.
 struct StepParams {
   DeviceBlock* block;
-  const void* loss;       // the last loss; earlier ones are in block->pending
-  const void* grad_norm;  // before clipping
-  const float* overflow;  // GradScaler's found_inf; > 0: it found an infinite gradient
-  double grad_norm_value; // where grad_norm is 0; negative: not given
+  Scalar inputs[kInputs];
+  double grad_norm;  // where there is no such input; negative: not given
   double applied_lr; // of the largest group, where the host sets the lr; negative: the kernel does
-  Dtype loss_dtype;
-  Dtype grad_norm_dtype;
-  int32_t mean; // 1: the loss is the mean of the pending ones; 0: their sum
-  int32_t reserved;
+  int64_t mean;      // 1: the loss is the mean of the pending ones; 0: their sum
 };
 
 /// Of adaptlr_fold.
 struct FoldParams {
   DeviceBlock* block;
-  const void* loss; // 0: none
-  Dtype dtype;
-  int32_t restart; // 1: forgets the losses that were pending
+  Scalar loss;
+  int64_t restart; // 1: forgets the losses that were pending
 };
 
 /// Which members of ConfigureParams are to be taken over.

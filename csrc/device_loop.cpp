@@ -108,10 +108,11 @@ driver::Stream current_stream(const DeviceLoop& loop) {
 /// Launches the control step on torch's current stream; returns the notices so far.
 int64_t launch(DeviceLoop& loop) {
   StepParams params{};
-  params.loss =
+  Scalar& loss = params.inputs[kLoss];
+  loss.address =
       reinterpret_cast<const void*>(call_for_integer(loop.first, ADAPTLR_NAME("data_ptr")));
-  params.loss_dtype = static_cast<Dtype>(loop.dtype);
-  params.grad_norm_value = params.applied_lr = -1.0;
+  loss.dtype = static_cast<Dtype>(loop.dtype);
+  params.grad_norm = params.applied_lr = -1.0;
   params.mean = loop.waiting.mean;
   const int64_t notices = loop.controller->step(current_stream(loop), params);
   Py_CLEAR(loop.first);

@@ -14,8 +14,8 @@ constexpr double kDriftBackoff = 0.7;             // a drift is slow: a small cu
 constexpr double kMaxConsecutiveOverflows = 32.0; // GradScaler's scale: from 2^16 to 2^-16
 constexpr int32_t kAlarms = kDiverge | kDrift | kWorse;
 
-ADAPTLR_HOST_DEVICE inline Phase phase_of(const State& state) {
-  return static_cast<Phase>(static_cast<int32_t>(state.phase));
+ADAPTLR_HOST_DEVICE inline bool is_in(Phase phase, const State& state) {
+  return state.phase == static_cast<double>(phase);
 }
 
 ADAPTLR_HOST_DEVICE inline void enter(Phase phase, double first_step, State& state) {
@@ -47,14 +47,14 @@ ADAPTLR_HOST_DEVICE inline Action skip_nonfinite(const Config& config, int32_t f
 /// The factor to blame: the one at the change point, where the cusum was last 0, not the one at the
 /// alarm (equation 10).
 ADAPTLR_HOST_DEVICE inline double failed_factor(const Config& config, const State& state) {
-  const double resumes = fmax(state.step + config.rewarm_steps, config.warmup_steps);
+  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
   const double multiplier = schedule(config, resumes);
-  return multiplier > 0.0 ? fmin(state.factor, divide(state.onset_lr, multiplier)) : state.factor;
+  return multiplier > 0.0 ? smaller(state.factor, divide(state.onset_lr, multiplier))
+                          : state.factor;
 }
 
 ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, State& state) {
-  const Phase phase = phase_of(state);
-  const bool again = phase == Phase::kRewarm || phase == Phase::kHold;
+  const bool again = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
   state.streak = again ? state.streak + 1.0 : 0.0;
   double backoff = config.backoff_factor;
   if (state.streak >= 1.0)
@@ -64,8 +64,8 @@ ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, State
   if (drift_only)
     backoff = kDriftBackoff;
   const double failed = failed_factor(config, state);
-  state.cut_factor = fmax(kMinFactor, backoff * failed);
-  state.ceiling = fmax(kRegrowLimit * failed, state.cut_factor);
+  state.cut_factor = larger(kMinFactor, backoff * failed);
+  state.ceiling = larger(kRegrowLimit * failed, state.cut_factor);
   state.cuts += 1.0;
   enter(Phase::kRewarm, state.step + 1.0, state);
 }
@@ -83,34 +83,27 @@ ADAPTLR_HOST_DEVICE inline Action answer_alarm(const Config& config, const Signa
 /// REWARM, HOLD, REGROW, RUN: each phase ends when its steps are over.
 ADAPTLR_HOST_DEVICE inline void advance_phase(const Config& config, State& state) {
   const double taken = state.step - state.phase_step + 1.0;
-  switch (phase_of(state)) {
-  case Phase::kRewarm:
+  if (is_in(Phase::kRewarm, state)) {
     if (taken >= config.rewarm_steps)
       enter(Phase::kHold, state.step + 1.0, state);
-    break;
-  case Phase::kHold:
+  } else if (is_in(Phase::kHold, state)) {
     if (taken >= config.hold_steps) {
       enter(Phase::kRegrow, state.step + 1.0, state);
       state.streak = 0.0;
     }
-    break;
-  case Phase::kRegrow:
-    state.cut_factor = fmin(state.cut_factor * config.regrow_growth, state.ceiling);
+  } else if (is_in(Phase::kRegrow, state)) {
+    state.cut_factor = smaller(state.cut_factor * config.regrow_growth, state.ceiling);
     if (state.cut_factor >= state.ceiling)
       enter(Phase::kRun, state.step + 1.0, state);
-    break;
-  case Phase::kRun:
-  case Phase::kFailed:
-    break;
   }
 }
 
 /// cut_factor, less the re-warming. Also right in the step that ends the phase, whose re-warming is
 /// complete.
 ADAPTLR_HOST_DEVICE inline double applied_factor(const Config& config, const State& state) {
-  if (phase_of(state) != Phase::kRewarm)
+  if (!is_in(Phase::kRewarm, state))
     return state.cut_factor;
-  const double ramp = divide(fmax(state.step - state.phase_step + 1.0, 0.0), config.rewarm_steps);
+  const double ramp = divide(larger(state.step - state.phase_step + 1.0, 0.0), config.rewarm_steps);
   return state.cut_factor * (kRewarmStart + (1.0 - kRewarmStart) * ramp);
 }
 
@@ -118,11 +111,11 @@ ADAPTLR_HOST_DEVICE inline double applied_factor(const Config& config, const Sta
 ADAPTLR_HOST_DEVICE inline Action guard(const Config& config, const Signals& signals, int32_t flags,
                                         State& state) {
   const bool acts = config.guard_mode == GuardMode::kAct;
+  const double lr_ratio = divide(state.lr, config.peak); // of the last step
   const int32_t alarms = audible(config, flags, state);
   const bool quiet =
       state.cusum == 0.0 && state.outlier_run == 0.0 && is_finite(signals.loss) && alarms == 0;
-  if (quiet)
-    state.onset_lr = divide(state.lr, config.peak);
+  state.onset_lr = quiet ? lr_ratio : state.onset_lr;
 
   Action action = flags & kOverflow ? Action::kSkip : Action::kNone;
   if (acts && flags & (kNonfinite | kOverflow)) {
@@ -130,7 +123,7 @@ ADAPTLR_HOST_DEVICE inline Action guard(const Config& config, const Signals& sig
   } else {
     state.consecutive_skips = state.consecutive_overflows = 0.0;
   }
-  if (config.guard_mode == GuardMode::kOff || phase_of(state) == Phase::kFailed)
+  if (config.guard_mode == GuardMode::kOff || is_in(Phase::kFailed, state))
     return action;
   if (alarms != 0) {
     if (answer_alarm(config, signals, alarms, state) == Action::kSkip)

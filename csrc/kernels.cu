@@ -9,61 +9,22 @@ namespace {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr unsigned kLineVectors = sizeof(Record) / kVectorBytes;
 
-/// The words around one scalar.
-struct Bits {
-  unsigned low;
-  unsigned high;  // of a float64
-  unsigned shift; // of a half in the upper part of its word
-};
-
-/// Loads aligned words, whatever the type: lanes that read different types then stay together, and
-/// their loads are in flight at the same time. A word around a half lies within its allocation.
-/// Nothing here may use what was loaded, or the loads after it would have to wait.
-__device__ Bits fetch(const void* address, Dtype dtype) {
-  Bits bits{0, 0, 0};
-  if (address == nullptr)
-    return bits;
-  const auto location = reinterpret_cast<unsigned long long>(address);
-  const auto* word = reinterpret_cast<const unsigned*>(location & ~3ull);
-  bits.shift = static_cast<unsigned>(location & 2) * 8;
-  bits.low = word[0];
-  if (dtype == Dtype::kFloat64)
-    bits.high = word[1];
-  return bits;
+/// Loads the aligned 8 bytes around a number, whatever its type: the lanes stay together, and their
+/// loads are in flight at the same time. No allocation ends within 8 aligned bytes.
+__device__ uint64_t fetch(const Scalar& scalar) {
+  const uint64_t word = reinterpret_cast<uint64_t>(scalar.address) & ~7ull;
+  return word != 0 ? *reinterpret_cast<const uint64_t*>(word) : 0;
 }
 
-__device__ double decode(Bits bits, Dtype dtype) {
-  bits.low >>= bits.shift;
-  switch (dtype) {
-  case Dtype::kFloat64:
-    return __hiloint2double(static_cast<int>(bits.high), static_cast<int>(bits.low));
-  case Dtype::kFloat16: {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits.low)));
-    return value;
-  }
-  case Dtype::kBfloat16:
-    return __uint_as_float(bits.low << 16);
-  case Dtype::kFloat32:
-    break;
-  }
-  return __uint_as_float(bits.low);
-}
-
-/// The scalars that a step reads, one lane each.
-enum Input { kLoss, kGradNorm, kFoundInf, kInputs };
-
-struct Source {
-  const void* address;
-  Dtype dtype;
-};
-
-__device__ Source source_of(const StepParams& params, unsigned lane) {
-  if (lane == kLoss)
-    return Source{params.loss, params.loss_dtype};
-  if (lane == kGradNorm)
-    return Source{params.grad_norm, params.grad_norm_dtype};
-  return Source{lane == kFoundInf ? params.overflow : nullptr, Dtype::kFloat32};
+__device__ double decode(uint64_t bits, const Scalar& scalar) {
+  bits >>= 8 * (reinterpret_cast<uint64_t>(scalar.address) & 7);
+  const auto low = static_cast<unsigned>(bits);
+  float value = __uint_as_float(scalar.dtype == Dtype::kBfloat16 ? low << 16 : low);
+  float half;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(half) : "h"(static_cast<unsigned short>(low)));
+  value = scalar.dtype == Dtype::kFloat16 ? half : value;
+  return scalar.dtype == Dtype::kFloat64 ? __longlong_as_double(static_cast<int64_t>(bits))
+                                         : static_cast<double>(value);
 }
 
 /// What lane 0 hands to the others. Read in vectors.
@@ -77,11 +38,11 @@ struct alignas(kVectorBytes) Outcome {
 /// Empties the pending losses into one. With none there is nothing to learn: NaN, which is skipped.
 __device__ double take_loss(const StepParams& params, double last, PendingLosses& pending) {
   const double sum = pending.sum + last;
-  const int64_t count = pending.count + (params.loss != nullptr ? 1 : 0);
+  const int64_t count = pending.count + (params.inputs[kLoss].address != nullptr ? 1 : 0);
   pending = PendingLosses{0.0, 0};
-  if (count == 0)
-    return nan("");
-  return params.mean && count > 1 ? sum / static_cast<double>(count) : sum;
+  if (count == 1 || (count > 1 && !params.mean))
+    return sum;
+  return count == 0 ? nan("") : divide(sum, static_cast<double>(count));
 }
 
 /// Claims the slots of this step's lines.
@@ -91,28 +52,27 @@ __device__ void claim(const Ring& ring, bool event, RingCursor& cursor, Outcome&
   if (++cursor.next_record == ring.slots)
     cursor.next_record = 0;
   outcome.event_slot = event ? ring.events + cursor.next_event : nullptr;
-  if (!event)
-    return;
-  cursor.events += 1;
-  if (++cursor.next_event == kEventSlots)
+  cursor.events += event;
+  cursor.next_event += event;
+  if (cursor.next_event == kEventSlots)
     cursor.next_event = 0;
 }
 
 /// The work of lane 0. The copies of state and record live in registers.
 __device__ Action advance(const StepParams& params, const double* inputs, bool overwritten,
                           DeviceBlock& staged, Outcome& outcome) {
-  const double norm = params.grad_norm != nullptr ? inputs[kGradNorm] : params.grad_norm_value;
+  const bool has_norm = params.inputs[kGradNorm].address != nullptr;
+  const double norm = has_norm ? inputs[kGradNorm] : params.grad_norm;
   const Signals signals{take_loss(params, inputs[kLoss], staged.pending), norm, params.applied_lr,
                         inputs[kFoundInf] > 0.0, overwritten};
   State state = staged.state;
   Record record;
   const Decision decision = control_step(staged.config, signals, state, record);
-  const bool event = is_event(staged.config, state, record);
   staged.cursor.notices |= notices_of(record);
   staged.state = state;
   outcome.record = record;
   outcome.multiplier = decision.multiplier;
-  claim(staged.ring, event, staged.cursor, outcome);
+  claim(staged.ring, decision.event, staged.cursor, outcome);
   return decision.action;
 }
 
@@ -144,13 +104,16 @@ __device__ void write_lines(const Outcome& outcome, const RingCursor& cursor, un
     reinterpret_cast<uint4*>(slot)[part] = vector;
 }
 
-__device__ void write_lrs(const Config& config, double multiplier, DeviceBlock& block,
-                          unsigned lane) {
-  for (unsigned group = lane; group < kMaxGroups; group += kLanes) {
-    if (group >= config.group_count)
-      return;
-    block.lr[group] = block.written[group] = static_cast<float>(config.peaks[group] * multiplier);
-  }
+__device__ double2 peaks_of(const Config& config, unsigned lane) {
+  return double2{config.peaks[2 * lane], config.peaks[2 * lane + 1]};
+}
+
+/// Two groups a lane. Those that do not exist have a peak of 0.
+__device__ void write_lrs(double2 peaks, double multiplier, DeviceBlock& block, unsigned lane) {
+  const float2 lrs{static_cast<float>(peaks.x * multiplier),
+                   static_cast<float>(peaks.y * multiplier)};
+  reinterpret_cast<float2*>(block.lr)[lane] = lrs;
+  reinterpret_cast<float2*>(block.written)[lane] = lrs;
 }
 
 /// Tells the host how far the rings go. In no order with the lines: those prove themselves.
@@ -162,10 +125,11 @@ __device__ void publish(const RingCursor& cursor, RingHeader* header, unsigned l
 
 } // namespace
 
-extern "C" __global__ void __launch_bounds__(kLanes) adaptlr_control_step(const StepParams params) {
+extern "C" __global__ void __launch_bounds__(kLanes)
+    adaptlr_control_step(const __grid_constant__ StepParams params) {
   __shared__ DeviceBlock staged; // up to lr
   __shared__ Outcome outcome;
-  __shared__ double inputs[kInputs];
+  __shared__ double inputs[kLanes];
   const unsigned lane = threadIdx.x;
   DeviceBlock& block = *params.block;
 
@@ -174,30 +138,30 @@ extern "C" __global__ void __launch_bounds__(kLanes) adaptlr_control_step(const 
   const uint4 near = block_vectors[lane], far = block_vectors[lane + kLanes];
   const uint2 lrs = reinterpret_cast<const uint2*>(block.lr)[lane];
   const uint2 written = reinterpret_cast<const uint2*>(block.written)[lane];
-  const Source source = source_of(params, lane);
-  const Bits bits = fetch(source.address, source.dtype);
+  const Scalar input = lane < kInputs ? params.inputs[lane] : Scalar{};
+  const uint64_t bits = fetch(input);
 
   reinterpret_cast<uint4*>(&staged)[lane] = near;
   reinterpret_cast<uint4*>(&staged)[lane + kLanes] = far;
-  if (lane < kInputs)
-    inputs[lane] = decode(bits, source.dtype);
+  inputs[lane] = decode(bits, input);
   const bool host_sets_lr = params.applied_lr >= 0.0;
   const bool changed = lrs.x != written.x || lrs.y != written.y;
   const bool overwritten = __any_sync(kAllLanes, changed && !host_sets_lr);
   __syncwarp();
 
+  const double2 peaks = peaks_of(staged.config, lane);
   if (lane == 0) {
     const Action action = advance(params, inputs, overwritten, staged, outcome);
     block.skip = action == Action::kSkip ? 1.0f : 0.0f;
   }
   __syncwarp();
 
-  write_lines(outcome, staged.cursor, lane);
+  if (!host_sets_lr)
+    write_lrs(peaks, outcome.multiplier, block, lane);
   if (lane < kChangedBytes / kVectorBytes)
     reinterpret_cast<uint4*>(&block)[lane] = reinterpret_cast<const uint4*>(&staged)[lane];
-  if (!host_sets_lr)
-    write_lrs(staged.config, outcome.multiplier, block, lane);
   publish(staged.cursor, staged.ring.header, lane);
+  write_lines(outcome, staged.cursor, lane);
 }
 
 /// Launched as the control step is, to measure what the launch alone costs.
@@ -207,8 +171,8 @@ extern "C" __global__ void __launch_bounds__(kLanes) adaptlr_empty(const StepPar
 extern "C" __global__ void __launch_bounds__(1) adaptlr_fold(const FoldParams params) {
   PendingLosses& pending = params.block->pending;
   PendingLosses sum = params.restart ? PendingLosses{0.0, 0} : pending;
-  if (params.loss != nullptr) {
-    sum.sum += decode(fetch(params.loss, params.dtype), params.dtype);
+  if (params.loss.address != nullptr) {
+    sum.sum += decode(fetch(params.loss), params.loss);
     sum.count += 1;
   }
   pending = sum;
@@ -228,8 +192,9 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const Configur
   }
   block.cursor.notices = 0; // they were about what has just been replaced
   const double multiplier = block.state.factor * schedule(block.config, block.state.step);
-  for (unsigned lane = 0; lane < kLanes; ++lane)
-    write_lrs(block.config, multiplier, block, lane);
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    write_lrs(peaks_of(block.config, lane), multiplier, block, lane);
+  }
   block.skip = 0.0f;
 }
 

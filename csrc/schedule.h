@@ -22,7 +22,7 @@ ADAPTLR_HOST_DEVICE inline double decay(const Config& config, double step, doubl
   case Decay::kConstant:
     return 1.0;
   case Decay::kWsd:
-    return fmin(1.0, divide(1.0 - x, config.decay_share));
+    return smaller(1.0, divide(1.0 - x, config.decay_share));
   case Decay::kInverseSqrt:
     return square_root(
         divide(config.timescale, step + 1.0 - config.warmup_steps + config.timescale));

@@ -127,6 +127,7 @@ struct Decision {
   double multiplier; // lr of group g = peaks[g] x multiplier
   Action action;
   int32_t flags;
+  bool event; // something was done, or would have been: the record belongs among the events
 };
 
 /// One line of the flight record. 128 bytes: a whole number of cache lines.
