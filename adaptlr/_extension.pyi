@@ -101,6 +101,7 @@ class _Loop:
     cleared: bool
     observes_first: bool
     plain: bool
+    suspended: bool
 
     def observe(self, loss: torch.Tensor | float, /) -> None:
         """Take one loss in; anything unusual goes to observe_slowly."""
@@ -130,7 +131,10 @@ class DeviceLoop(_Loop):
     grad_norm: torch.Tensor | float | None
     launched: int
     dtype: int
-    reused: bool
+    defers: bool
+    accumulates: bool
+    flagged: bool
+    zeroes: bool
 
     def __init__(
         self,
@@ -139,8 +143,12 @@ class DeviceLoop(_Loop):
         stream_of: Callable[[int], int],
         index: int,
         dtypes: tuple[torch.dtype, ...],
+        tensor_type: type,
         /,
     ) -> None: ...
+    def zero_gradients(self) -> None:
+        """Zero all gradients if the step is skipped; those in several pieces go to zero_slowly."""
+
     @property
     def core(self) -> DeviceController: ...
 
@@ -168,6 +176,7 @@ class DeviceController:
         grad_norm_value: float = -1.0,
         overflow: int = 0,
         applied_lr: float = -1.0,
+        zero_lr: bool = False,
     ) -> int:
         """Launch one control step; return the notices so far."""
 

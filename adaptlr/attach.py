@@ -55,12 +55,17 @@ def choose_path(
 ) -> Path:
     """Choose where decisions are made and how they reach the optimizer; see docs/design.md."""
     require(device_path in DEVICE_PATHS, "device_path", f"one of {DEVICE_PATHS}", device_path)
-    if device_path == "capturable":
-        refuse_unavailable(device_path=device_path)
+    if type(optimizer) is torch.optim.Rprop:
+        raise ValueError(
+            "optimizer must not be Rprop: it reads lr in its first step only and then adapts its "
+            "own step sizes, so no controller can steer it"
+        )
     device = first_device(optimizer)
     if device.type != "cuda" or torch.version.hip:
-        if device_path == "fused":
-            raise ValueError(f"device_path='fused' needs parameters on a CUDA device, got {device}")
+        if device_path in ("fused", "capturable"):
+            raise ValueError(
+                f"device_path={device_path!r} needs parameters on a CUDA device, got {device}"
+            )
         if device.type != "cpu":
             logger.info("adaptlr has no kernels for %s: it reads the loss with loss.item()", device)
         return HostPath(optimizer, config, history_size, device)
@@ -75,7 +80,8 @@ def _choose_cuda_path(
     device: torch.device,
 ) -> Path:
     # Imported only where there is a device.
-    from adaptlr.fused_flags import why_not_fused
+    from adaptlr.capturable_path import CapturablePath
+    from adaptlr.device_flags import CAPTURABLE, FUSED, why_not
     from adaptlr.fused_path import FusedPath
     from adaptlr.kernel_image import kernel_image
     from adaptlr.late_float_path import LateFloatPath
@@ -85,9 +91,10 @@ def _choose_cuda_path(
     image = kernel_image(device.index)
     if image is None:
         return HostPath(optimizer, config, history_size, device)
-    obstacle = why_not_fused(optimizer)
-    if device_path == "fused" and obstacle:
-        raise ValueError(f"device_path='fused' is not possible: {obstacle}")
-    if device_path == "float" or obstacle:
-        return LateFloatPath(optimizer, config, history_size, device, image)
-    return FusedPath(optimizer, config, history_size, device, image)
+    for form, path in ((FUSED, FusedPath), (CAPTURABLE, CapturablePath)):
+        obstacle = why_not(form, optimizer)
+        if device_path == form and obstacle:
+            raise ValueError(f"device_path={form!r} is not possible: {obstacle}")
+        if device_path in ("auto", form) and not obstacle:
+            return path(optimizer, config, history_size, device, image)
+    return LateFloatPath(optimizer, config, history_size, device, image)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,10 +20,11 @@ from adaptlr.host_path import HostPath
 from adaptlr.telemetry import Event, Flag, make_event
 
 if TYPE_CHECKING:
+    from adaptlr.capturable_path import CapturablePath
     from adaptlr.fused_path import FusedPath
     from adaptlr.late_float_path import LateFloatPath
 
-    Path: TypeAlias = HostPath | FusedPath | LateFloatPath
+    Path: TypeAlias = HostPath | FusedPath | CapturablePath | LateFloatPath
 
 logger = logging.getLogger("adaptlr")
 
@@ -87,7 +89,11 @@ class Attachment:
         is not ours.
         """
         path = self.path
+        if path.suspended:
+            return path.skip_suspended()
         if path.count == 0:
+            if path.is_capturing():
+                return self._answer(path.step_in_graph())
             path.stand_aside()
             return self._note_unobserved()
         code = path.step()
@@ -119,6 +125,19 @@ class Attachment:
             return loss
 
         return observed_closure
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Observe nothing and skip every step; the clock stands."""
+        path = self.path
+        if path.count:
+            path.drop()
+        path.suspended = True
+        try:
+            yield
+        finally:
+            path.suspended = False
+            path.resume()
 
     def _note_unobserved(self) -> None:
         if self.path.has_gradients():

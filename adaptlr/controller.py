@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -43,8 +44,9 @@ class AdaptiveLR:
         min_lr_ratio: Where the decay ends, as a share of the peak, in [0, 1].
         guard: What to do about trouble (`Guard`); ``None`` switches it off: the learning rate is
             then a function of the step alone.
-        device_path: ``"auto"``; ``"fused"``: lr and skip flag are read on the CUDA device by
-            torch's fused kernels; ``"float"``: lr stays a Python float.
+        device_path: ``"fused"``: lr and skip flag are read on the CUDA device by torch's fused
+            kernels; ``"capturable"``: lr is, and a skip zeroes the gradients; ``"float"``: lr stays
+            a Python float. ``"auto"`` takes the first of these that the optimizer can.
         history_size: Records kept for `history`, at least 1; 128 bytes each.
         search, check_lr, snapshot, model, process_group, recorder: Not available in this version.
 
@@ -153,7 +155,7 @@ class AdaptiveLR:
             self._change_reduction(reduction)
         if loss is not None:
             path.observe(loss)
-        if grad_norm is not None:
+        if grad_norm is not None and not path.suspended:
             path.observe_grad_norm(grad_norm)
 
     def step(
@@ -185,7 +187,7 @@ class AdaptiveLR:
             self.observe(loss, grad_norm=grad_norm)
         if closure is not None:
             return self._optimizer.step(closure)
-        if self._path.count == 0:
+        if self._path.count == 0 and not (self._path.suspended or self._path.is_capturing()):
             raise RuntimeError(
                 "step needs a loss: pass step(loss), call observe(loss) before, or pass closure=..."
             )
@@ -202,6 +204,11 @@ class AdaptiveLR:
         require(reduction in ("mean", "sum"), "reduction", "'mean' or 'sum'", reduction)
         if self._path.count:
             raise ValueError("reduction must be the same for all losses of a step")
+        if self._path.replayed:
+            raise ValueError(
+                f"reduction must be the one that was captured, got {reduction!r}: call "
+                "observe(reduction=...) once before the capture"
+            )
         self._path.mean = reduction == "mean"
 
     # -- telemetry ------------------------------------------------------------
@@ -323,9 +330,13 @@ class AdaptiveLR:
         self._path.release()
         _attached.discard(self._optimizer)
 
-    def suspended(self) -> Any:
-        """Not available in this version."""
-        raise NotImplementedError("suspended() is not available in this version of adaptlr")
+    def suspended(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is observed and every optimizer step is skipped.
+
+        For the warm-up iterations that a CUDA graph needs before its capture: they leave the
+        parameters and the clock as they are. A loss that was observed before is dropped.
+        """
+        return self._attachment.suspended()
 
 
 def _refuse_processes(guard: Guard | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
     ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.
     """
 
-    name = ""
+    name: ClassVar[str]
     poll: Callable[[], None]
 
     def __init__(
@@ -58,9 +58,10 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
             self._stream(self._index),
         )
         _extension.DeviceLoop.__init__(
-            self, core, optimizer, self._stream, self._index, tuple(DTYPES)
+            self, core, optimizer, self._stream, self._index, tuple(DTYPES), torch.Tensor
         )
         Pending.__init__(self, optimizer)
+        self.replayed = False
         flag = self._block[_extension.SKIP_OFFSET : _extension.SKIP_OFFSET + 4]
         self.skip_flag = flag.view(torch.float32)[0]
         self.bind()
@@ -72,23 +73,56 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
     def bind(self) -> None:
         """Take the groups' learning rates over."""
 
+    @abstractmethod
+    def step(self) -> int:
+        """Launch the control step and return the notices so far."""
+
+    @abstractmethod
+    def skip_suspended(self) -> None:
+        """Let the coming step, which is not observed, change nothing."""
+
+    @abstractmethod
+    def stand_aside(self) -> None:
+        """Let a step pass that is not ours."""
+
+    def resume(self) -> None:
+        """Set what the coming step reads, after steps that were suspended."""
+        self.configure()
+
     # -- losses ---------------------------------------------------------------
 
     def observe_slowly(self, loss: torch.Tensor | float) -> None:
-        """Keep the address of a step's first loss; fold the others in by one small launch each."""
+        """Keep the address of a step's only loss; where there are several, fold each in at once.
+
+        A graphed or compiled model writes its next loss over the last one. So a loss waits at its
+        address only while every step so far had one, or where a graph is being captured, whose
+        memory is its own.
+        """
         self.poll()
-        if self.count and self.observed_anew():
-            self.drop()
         code = self._check(loss)
         assert isinstance(loss, torch.Tensor)
+        if self.replayed:
+            self.core.fold(self._stream(self._index), loss.data_ptr(), code)
+            return
+        if self.count and self.observed_anew():
+            self.drop()
         if self.count == 0:
             self._rebind()
-        if self.count == 0 and not self.reused:
+        if self.count == 0 and (self.defers or self.is_capturing()):
             self.first, self.dtype = loss, code
         else:
-            self.reused |= self.first is not None and self.first.data_ptr() == loss.data_ptr()
             self.core.fold(self._stream(self._index), loss.data_ptr(), code)
         self.count += 1
+
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured on the current stream."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def taken(self) -> None:
+        """Note that a step has used the waiting losses."""
+        super().taken()
+        self.accumulates |= self.last_count > 1
+        self.defers = not self.accumulates
 
     def _check(self, loss: object) -> int:
         """Return the code of the loss's dtype; explain what cannot be taken."""
@@ -130,11 +164,33 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
             -1.0 if norm is None else float(norm),
             0 if found_inf is None else found_inf.data_ptr(),
             applied_lr,
+            self.zeroes,
         )
         self.first = self.grad_norm = None
         self.launched += 1
         self.taken()
         return notices
+
+    def step_in_graph(self) -> int:
+        """Launch a control step in a capture that has observed no loss.
+
+        It reads what is observed before each replay, which the host does not see: from now on every
+        loss is folded in at once, and how many wait is known on the device only.
+        """
+        self.replayed, self.plain = True, False
+        return self.step()
+
+    def zero_slowly(self, gradients: list[torch.Tensor]) -> None:
+        """Zero gradients that are not contiguous, if the step is skipped."""
+        addresses, sizes = [], []
+        for gradient in gradients:
+            values = gradient._values() if gradient.is_sparse else gradient
+            if is_one_piece(values) and values.device == self._device:
+                addresses.append(values.data_ptr())
+                sizes.append(values.nbytes)
+            else:
+                values.masked_fill_(self.skip_flag.to(values.device) != 0, 0)
+        self.core.zero_if_skipped(self._stream(self._index), addresses, sizes)
 
     @property
     def lag(self) -> int:
@@ -163,3 +219,11 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
 
     def _rebind(self) -> None:
         """Take back an lr that was replaced. Never inside a step: DCP sets lr aside there."""
+
+
+def is_one_piece(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill the memory from the first to the last without gaps."""
+    channels_last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return tensor.is_contiguous() or (
+        tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=channels_last)
+    )

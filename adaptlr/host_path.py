@@ -22,9 +22,6 @@ class HostPath(_extension.HostLoop, Pending):
     The usual step never comes here: `HostLoop` takes one tensor loss a step and float rates, and
     calls ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.
 
-    The usual step never comes here: `HostLoop` takes one tensor loss a step and float rates, and
-    calls ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.
-
     Attributes:
         name: How `device_path` calls it.
         core: The controller of the extension, with its flight record.
@@ -32,6 +29,7 @@ class HostPath(_extension.HostLoop, Pending):
 
     name = "float"
     lag = 0
+    replayed = False
 
     def __init__(
         self,
@@ -103,6 +101,19 @@ class HostPath(_extension.HostLoop, Pending):
 
     def stand_aside(self) -> None:
         """Nothing to do: a step that is not ours sees nothing of ours."""
+
+    skip_suspended = skip
+
+    def resume(self) -> None:
+        """Nothing to do after steps that were suspended."""
+
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured: never with decisions of the host."""
+        return False
+
+    def step_in_graph(self) -> int:
+        """Never called: see `is_capturing`."""
+        raise NotImplementedError
 
     def preset(self) -> None:
         """Set the scheduled rates before a closure runs: LBFGS reads lr before it calls it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -29,11 +28,13 @@ class LateFloatPath(DevicePath):
         """Set the rates of the coming step."""
         self._clock = int(self.state()["step"])
         self._factor = float(self.state()["factor"])
-        self._skips = self._config.row["guard_mode"] == GuardMode.ACT
+        self.zeroes = bool(self._config.row["guard_mode"] == GuardMode.ACT)
         self.adopt()
 
     def adopt(self) -> None:
         """Take in groups that were added."""
+        groups = self._optimizer.param_groups
+        self._one_device = len({p.device for group in groups for p in group["params"]}) == 1
         self._written: list[Any] = [group["lr"] for group in self._optimizer.param_groups]
         self.preset()
 
@@ -42,28 +43,50 @@ class LateFloatPath(DevicePath):
         groups = self._optimizer.param_groups
         if len(groups) > len(self._written):
             return _extension.NEW_GROUPS
+        if self.is_capturing():
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} takes lr as a number, which a CUDA graph would "
+                "freeze: leave optimizer.step() out of the capture, or take an optimizer that "
+                "reads lr on the device (docs/optimizers.md)"
+            )
         self.core.wait(LATE_FLOAT_LAG)
         self._factor = self.core.factor
         overwritten = any(
             group["lr"] is not lr for group, lr in zip(groups, self._written, strict=True)
         )
-        lr = self._set_lrs()
+        lr = self._set_lrs(self._multiplier())
         notices = self._launch(None, lr)
         self.core.record_event(self._stream(self._index))
         self._clock += 1
-        if self._skips:
-            self._zero_if_skipped()
+        if self.zeroes:
+            self._zero()
         return notices | (_extension.OVERWRITTEN if overwritten else 0)
+
+    def _zero(self) -> None:
+        if self._one_device:
+            self.zero_gradients()
+        else:
+            groups = self._optimizer.param_groups
+            parameters = (p for group in groups for p in group["params"])
+            self.zero_slowly([p.grad for p in parameters if p.grad is not None])
+
+    def skip_suspended(self) -> None:
+        """Let the coming step change as little as its optimizer allows."""
+        self._set_lrs(0.0)
+        self.skip_flag.fill_(1.0)
+        self._zero()
 
     def stand_aside(self) -> None:
         """Nothing to do: a step that is not ours sees nothing of ours."""
 
     def preset(self) -> None:
         """Set the rates of the coming step."""
-        self._set_lrs()
+        self._set_lrs(self._multiplier())
 
-    def _set_lrs(self) -> float:
-        multiplier = self._factor * self._config.multiplier(self._clock)
+    def _multiplier(self) -> float:
+        return self._factor * self._config.multiplier(self._clock)
+
+    def _set_lrs(self, multiplier: float) -> float:
         lrs = [peak * multiplier for peak in self._config.peaks]
         for index, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):
             if isinstance(group["lr"], torch.Tensor):
@@ -72,24 +95,6 @@ class LateFloatPath(DevicePath):
                 group["lr"] = lr
             self._written[index] = group["lr"]
         return max(lrs)
-
-    def _zero_if_skipped(self) -> None:
-        """Zero what lies in one piece by one kernel for all, the rest tensor by tensor."""
-        addresses, sizes = [], []
-        for gradient in self._gradients():
-            if is_one_piece(gradient):
-                addresses.append(gradient.data_ptr())
-                sizes.append(gradient.numel() * gradient.element_size())
-            else:
-                gradient.masked_fill_(self.skip_flag != 0, 0)
-        self.core.zero_if_skipped(self._stream(self._index), addresses, sizes)
-
-    def _gradients(self) -> Iterator[torch.Tensor]:
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is not None:
-                    yield gradient._values() if gradient.is_sparse else gradient
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the device; set the rates that follow."""
@@ -104,11 +109,3 @@ class LateFloatPath(DevicePath):
     def saved_group(self, index: int) -> dict[str, Any]:
         """Return what a checkpoint shows of a group in place of the live values."""
         return {"lr": float(self._optimizer.param_groups[index]["lr"])}
-
-
-def is_one_piece(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill the memory from the first to the last without gaps."""
-    channels_last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-    return tensor.is_contiguous() or (
-        tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=channels_last)
-    )

@@ -23,6 +23,7 @@ class Pending:
         unobserved: Optimizer steps in a row that came without a loss.
         unheeded: Notices that the host has not been told of yet.
         cleared: Whether zero_grad was called after the first waiting loss.
+        suspended: Whether losses are ignored and every step is skipped.
         observes_first: Whether this loop calls zero_grad between observe and backward.
     """
 
@@ -40,6 +41,7 @@ class Pending:
         self.unheeded = 0
         self.cleared = False
         self.observes_first = False
+        self.suspended = False
 
     def taken(self) -> None:
         """Note that a step has used the waiting losses."""

@@ -156,7 +156,7 @@ driver::Stream stream_of(std::uintptr_t stream) { return reinterpret_cast<driver
 
 StepParams step_params(std::uintptr_t loss, int loss_dtype, bool mean, std::uintptr_t grad_norm,
                        int grad_norm_dtype, double grad_norm_value, std::uintptr_t overflow,
-                       double applied_lr) {
+                       double applied_lr, bool zero_lr) {
   StepParams params{};
   params.inputs[kLoss] = scalar_of(loss, loss_dtype);
   params.inputs[kGradNorm] = scalar_of(grad_norm, grad_norm_dtype);
@@ -164,6 +164,7 @@ StepParams step_params(std::uintptr_t loss, int loss_dtype, bool mean, std::uint
   params.grad_norm = grad_norm_value;
   params.applied_lr = applied_lr;
   params.mean = mean;
+  params.zero_lr = zero_lr;
   return params;
 }
 
@@ -219,14 +220,15 @@ void define_device_controller(py::module_& module) {
           "step",
           [](DeviceController& c, std::uintptr_t stream, std::uintptr_t loss, int loss_dtype,
              bool mean, std::uintptr_t grad_norm, int grad_norm_dtype, double grad_norm_value,
-             std::uintptr_t overflow, double applied_lr) {
+             std::uintptr_t overflow, double applied_lr, bool zero_lr) {
             StepParams params = step_params(loss, loss_dtype, mean, grad_norm, grad_norm_dtype,
-                                            grad_norm_value, overflow, applied_lr);
+                                            grad_norm_value, overflow, applied_lr, zero_lr);
             return c.step(stream_of(stream), params);
           },
           py::arg("stream"), py::arg("loss"), py::arg("loss_dtype"), py::arg("mean"),
           py::arg("grad_norm") = 0, py::arg("grad_norm_dtype") = 0,
-          py::arg("grad_norm_value") = -1.0, py::arg("overflow") = 0, py::arg("applied_lr") = -1.0)
+          py::arg("grad_norm_value") = -1.0, py::arg("overflow") = 0, py::arg("applied_lr") = -1.0,
+          py::arg("zero_lr") = false)
       .def("launch_empty",
            [](DeviceController& c, std::uintptr_t stream) {
              StepParams params{};

@@ -80,9 +80,11 @@ DeviceController::~DeviceController() {
   if (captured_)
     return;
   const driver::RelaxedCapture relaxed;
-  // The record of a step is the last that its kernel writes to the host. Where all are there, no
-  // wait is needed; a context that cannot be synchronised may still run a kernel.
-  if (flight_record_.written() < launched_ && !driver::synchronize(context_))
+  // A kernel's record is the last that it writes to the host. Where that of the last step is there,
+  // no wait is needed; a context that cannot be synchronised may still run a kernel.
+  const std::vector<Record> newest = flight_record_.newest();
+  const int64_t arrived = newest.empty() ? 0 : newest.back().sequence;
+  if (arrived < launched_ && !driver::synchronize(context_))
     return;
   memory_.free();
 }

@@ -70,7 +70,8 @@ struct StepParams {
   Scalar inputs[kInputs];
   double grad_norm;  // where there is no such input; negative: not given
   double applied_lr; // of the largest group, where the host sets the lr; negative: the kernel does
-  int64_t mean;      // 1: the loss is the mean of the pending ones; 0: their sum
+  int32_t mean;      // 1: the loss is the mean of the pending ones; 0: their sum
+  int32_t zero_lr;   // 1: lr is 0 in a step that is skipped, for optimizers that read no flag
 };
 
 /// Of adaptlr_fold.

@@ -1,6 +1,6 @@
-// DeviceLoop: one CUDA loss a step, lr and skip flag read by the optimizer's fused kernels.
+// DeviceLoop: one CUDA loss a step, and lr read by the optimizer's kernels.
 #include "cuda.h"
-#include "loop.h"
+#include "gradients.h"
 
 #include <stdexcept>
 
@@ -12,6 +12,7 @@ struct DeviceLoop {
   PyObject* optimizer;          // whose rates are views into the block
   PyObject* stream_of;          // device index -> raw stream
   PyObject* dtypes;             // tuple of torch dtypes, in the order of Dtype
+  PyObject* tensor_type;        // torch.Tensor
   PyObject* lrs;                // list of tensors: what every group's lr is to be; or null
   PyObject* skip;               // tensor: what the optimizer's found_inf is to be; or null
   PyObject* first; // the loss that waits, alive until the kernel that reads it is launched; or null
@@ -21,7 +22,10 @@ struct DeviceLoop {
   long device;
   long long launched; // control steps
   int dtype;          // of `first`
-  char reused;        // the loop's loss lies at one address: fold it before it is overwritten
+  char defers;        // every step so far had one loss: it can wait at its address
+  char accumulates;   // some step had several
+  char flagged;       // the optimizer reads the skip flag
+  char zeroes;        // it does not: gradients are zeroed instead
   Waiting waiting;
 };
 
@@ -66,12 +70,14 @@ bool is_bound(const DeviceLoop& loop) {
 
 bool is_usual(const DeviceLoop& loop) {
   const Waiting& waiting = loop.waiting;
-  return waiting.count == 0 && waiting.plain && !loop.reused &&
+  return waiting.count == 0 && waiting.plain && loop.defers &&
          !(loop.controller->flight_record().notices() & waiting.unheeded);
 }
 
 PyObject* observe(PyObject* self, PyObject* loss) {
   DeviceLoop& loop = loop_of(self);
+  if (loop.waiting.suspended)
+    Py_RETURN_NONE;
   const int dtype = is_usual(loop) ? dtype_of(loop, loss) : -1;
   if (dtype < 0 || call_for_integer(loss, ADAPTLR_NAME("numel")) != 1 ||
       call_for_integer(loss, ADAPTLR_NAME("get_device")) != loop.device || !is_bound(loop))
@@ -114,23 +120,33 @@ int64_t launch(DeviceLoop& loop) {
   loss.dtype = static_cast<Dtype>(loop.dtype);
   params.grad_norm = params.applied_lr = -1.0;
   params.mean = loop.waiting.mean;
+  params.zero_lr = loop.zeroes;
   const int64_t notices = loop.controller->step(current_stream(loop), params);
   Py_CLEAR(loop.first);
   ++loop.launched;
   loop.waiting.taken();
+  loop.accumulates |= loop.waiting.last_count > 1;
+  loop.defers = !loop.accumulates;
   return notices;
 }
 
-PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  if (!check_hook_arguments(arguments, count))
-    return nullptr;
-  DeviceLoop& loop = loop_of(self);
-  const bool usual = loop.waiting.plain && !is_empty(loop.first) && is_empty(loop.grad_norm) &&
-                     arguments[0] == loop.optimizer && is_plain_call(arguments);
-  if (!usual || !reads_our_flag(loop) || !has_known_groups(loop))
-    return step_slowly(self, arguments);
+/// Zeroes all gradients if the last control step said skip. False: a Python error is set.
+bool zero_gradients(PyObject* self, DeviceLoop& loop) {
+  static thread_local std::vector<Range> ranges; // keeps its memory
+  ranges.clear();
+  Owned rest;
+  const Owned groups = owned(param_groups_of(loop.optimizer));
+  if (!groups || !PyList_Check(groups.ptr()) ||
+      !find_gradients(groups.ptr(), loop.tensor_type, ranges, rest))
+    return false;
+  loop.controller->zero_if_skipped(current_stream(loop), ranges);
+  return !rest || owned(PyObject_CallMethodOneArg(self, ADAPTLR_NAME("zero_slowly"), rest.ptr()));
+}
+
+/// Runs what may throw, for a caller that knows Python errors only.
+template <typename Function> PyObject* guarded(Function function) {
   try {
-    return answer(self, launch(loop), loop.waiting.unheeded);
+    return function();
   } catch (pybind11::error_already_set& error) {
     error.restore();
   } catch (const std::exception& error) {
@@ -139,11 +155,32 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
   return nullptr;
 }
 
+PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  if (!check_hook_arguments(arguments, count))
+    return nullptr;
+  DeviceLoop& loop = loop_of(self);
+  const bool usual = loop.waiting.plain && !is_empty(loop.first) && is_empty(loop.grad_norm) &&
+                     arguments[0] == loop.optimizer && is_plain_call(arguments);
+  if (!usual || (loop.flagged && !reads_our_flag(loop)) || !has_known_groups(loop))
+    return step_slowly(self, arguments);
+  return guarded([&]() -> PyObject* {
+    const int64_t notices = launch(loop);
+    if (loop.zeroes && !zero_gradients(self, loop))
+      return nullptr;
+    return answer(self, notices, loop.waiting.unheeded);
+  });
+}
+
+PyObject* zero_gradients(PyObject* self, PyObject*) {
+  return guarded(
+      [&] { return zero_gradients(self, loop_of(self)) ? Py_NewRef(Py_None) : nullptr; });
+}
+
 int initialise(PyObject* self, PyObject* args, PyObject*) {
   DeviceLoop& loop = loop_of(self);
-  PyObject *core, *optimizer, *stream_of, *index, *dtypes;
-  if (!PyArg_ParseTuple(args, "OOOO!O!", &core, &optimizer, &stream_of, &PyLong_Type, &index,
-                        &PyTuple_Type, &dtypes))
+  PyObject *core, *optimizer, *stream_of, *index, *dtypes, *tensor_type;
+  if (!PyArg_ParseTuple(args, "OOOO!O!O!", &core, &optimizer, &stream_of, &PyLong_Type, &index,
+                        &PyTuple_Type, &dtypes, &PyType_Type, &tensor_type))
     return -1;
   try {
     loop.controller = pybind11::cast<DeviceController*>(pybind11::handle(core));
@@ -157,6 +194,7 @@ int initialise(PyObject* self, PyObject* args, PyObject*) {
   Py_XSETREF(loop.stream_of, Py_NewRef(stream_of));
   Py_XSETREF(loop.index, Py_NewRef(index));
   Py_XSETREF(loop.dtypes, Py_NewRef(dtypes));
+  Py_XSETREF(loop.tensor_type, Py_NewRef(tensor_type));
   loop.waiting.mean = 1;
   return 0;
 }
@@ -168,6 +206,7 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(loop.stream_of);
   Py_VISIT(loop.index);
   Py_VISIT(loop.dtypes);
+  Py_VISIT(loop.tensor_type);
   Py_VISIT(loop.lrs);
   Py_VISIT(loop.skip);
   Py_VISIT(loop.first);
@@ -183,6 +222,7 @@ int clear(PyObject* self) {
   Py_CLEAR(loop.stream_of);
   Py_CLEAR(loop.index);
   Py_CLEAR(loop.dtypes);
+  Py_CLEAR(loop.tensor_type);
   Py_CLEAR(loop.lrs);
   Py_CLEAR(loop.skip);
   Py_CLEAR(loop.first);
@@ -194,6 +234,8 @@ PyMethodDef methods[] = {
     {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
     {"before_step", as_method(before_step), METH_FASTCALL,
      "Pre-hook: launch the control step; anything unusual goes to step_slowly."},
+    {"zero_gradients", zero_gradients, METH_NOARGS,
+     "Zero all gradients if the step is skipped; those in several pieces go to zero_slowly."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(DeviceLoop, core), READONLY, nullptr},
@@ -203,7 +245,10 @@ PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(DeviceLoop, core), READO
                          {"grad_norm", T_OBJECT, offsetof(DeviceLoop, grad_norm), 0, nullptr},
                          {"launched", T_LONGLONG, offsetof(DeviceLoop, launched), 0, nullptr},
                          {"dtype", T_INT, offsetof(DeviceLoop, dtype), 0, nullptr},
-                         {"reused", T_BOOL, offsetof(DeviceLoop, reused), 0, nullptr},
+                         {"defers", T_BOOL, offsetof(DeviceLoop, defers), 0, nullptr},
+                         {"accumulates", T_BOOL, offsetof(DeviceLoop, accumulates), 0, nullptr},
+                         {"flagged", T_BOOL, offsetof(DeviceLoop, flagged), 0, nullptr},
+                         {"zeroes", T_BOOL, offsetof(DeviceLoop, zeroes), 0, nullptr},
                          ADAPTLR_WAITING_MEMBERS(offsetof(DeviceLoop, waiting)),
                          {nullptr, 0, 0, 0, nullptr}};
 

@@ -31,6 +31,8 @@ bool read_loss(PyObject* loss, double& value) {
 
 PyObject* observe(PyObject* self, PyObject* loss) {
   HostLoop& loop = loop_of(self);
+  if (loop.waiting.suspended)
+    Py_RETURN_NONE;
   if (loop.waiting.count != 0 || !read_loss(loss, loop.total))
     return PyObject_CallMethodOneArg(self, ADAPTLR_NAME("observe_slowly"), loss);
   loop.waiting.count = 1;

@@ -71,7 +71,8 @@ __device__ Action advance(const StepParams& params, const double* inputs, bool o
   staged.cursor.notices |= notices_of(record);
   staged.state = state;
   outcome.record = record;
-  outcome.multiplier = decision.multiplier;
+  const bool zero = params.zero_lr && decision.action == Action::kSkip;
+  outcome.multiplier = zero ? 0.0 : decision.multiplier;
   claim(staged.ring, decision.event, staged.cursor, outcome);
   return decision.action;
 }

@@ -28,6 +28,7 @@ struct Waiting {
   char cleared;         // zero_grad was called while a loss waited
   char observes_first;  // this training loop calls zero_grad between observe and backward
   char plain;           // nothing about this optimizer needs Python in every step
+  char suspended;       // losses are not observed, and every step is skipped
 
   void taken() {
     last_count = count;
@@ -44,8 +45,9 @@ struct Waiting {
       {"unheeded", T_LONGLONG, (offset) + offsetof(Waiting, unheeded), 0, nullptr},                \
       {"mean", T_BOOL, (offset) + offsetof(Waiting, mean), 0, nullptr},                            \
       {"cleared", T_BOOL, (offset) + offsetof(Waiting, cleared), 0, nullptr},                      \
-      {"observes_first", T_BOOL, (offset) + offsetof(Waiting, observes_first), 0, nullptr}, {      \
-    "plain", T_BOOL, (offset) + offsetof(Waiting, plain), 0, nullptr                               \
+      {"observes_first", T_BOOL, (offset) + offsetof(Waiting, observes_first), 0, nullptr},        \
+      {"plain", T_BOOL, (offset) + offsetof(Waiting, plain), 0, nullptr}, {                        \
+    "suspended", T_BOOL, (offset) + offsetof(Waiting, suspended), 0, nullptr                       \
   }
 
 /// A reference that is given up at the end of its scope; may be empty.

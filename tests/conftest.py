@@ -43,6 +43,11 @@ def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return (model(batch)[:, 0] - batch[:, 0] * batch[:, 1]).pow(2).mean()
 
 
+def skips(controller: Any) -> int:
+    """Steps that the records say were skipped."""
+    return int((controller.history()["action"] == 1).sum())
+
+
 def parameters_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 

@@ -23,10 +23,13 @@ from adaptlr.bench.subjects import (
     ATTACHED,
     BARE,
     CONTROL,
+    COSINE,
+    EAGER,
     EMPTY,
     FLAGGED,
     LAUNCHING,
     OBSERVE,
+    ZEROING,
     make_anchors,
 )
 from adaptlr.bench.targets import targets_of
@@ -119,11 +122,13 @@ def test_csv_and_json_hold_every_row(report: Report) -> None:
 def test_gpu_report_sets_host_and_device_time_apart() -> None:
     title = "SGD, 1 group, 1 small tensor a group"
     host = {BARE: 20.0, FLAGGED: 21.0, LAUNCHING: 26.0, ATTACHED: 27.0}
-    host |= {OBSERVE: 1.0, CONTROL: 7.0, EMPTY: 5.0}
+    host |= {OBSERVE: 1.0, CONTROL: 7.0, EMPTY: 5.0, ZEROING: 12.0, EAGER: 700.0}
+    host[f"{COSINE}, tensor lr"] = 28.0
     kernels = {BARE: {"sgd": [3.0]}, FLAGGED: {"sgd": [4.0]}, OBSERVE: {}}
     kernels |= {CONTROL: {"adaptlr_control_step": [2.25]}, EMPTY: {"empty": [0.5]}}
     kernels[LAUNCHING] = {"sgd": [4.0], "empty": [0.5]}
     kernels[ATTACHED] = {"sgd": [4.0], "adaptlr_control_step": [2.5]}
+    kernels |= {ZEROING: {}, EAGER: {}, f"{COSINE}, tensor lr": {}}
     rows = make_rows(
         title,
         [Subject(name, lambda _: None, calls=1) for name in host],
@@ -140,6 +145,9 @@ def test_gpu_report_sets_host_and_device_time_apart() -> None:
         ("2.50 us in the slowest of 1 models", "yes"),
         ("8.00 us, 1.60 times", "**no**"),
         ("6.00 us, 1.20 times", "yes"),
+        ("7.00 us, 4.0 times cheaper", "**no**"),
+        ("7.00 us, 100.0 times cheaper", "yes"),
+        ("12.00 us", "yes"),
     ]
     assert ["added by adaptlr", "7.00", "7.00 to 7.00", "3.50", "1"] in table
     assert ["of it by torch, for the skip flag", "1.00", "1.00 to 1.00", "1.00", "0"] in table

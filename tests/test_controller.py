@@ -32,7 +32,6 @@ OPTIMIZERS = {
     "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
     "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
-    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
 

@@ -328,8 +328,7 @@ def test_a_replaced_lr_tensor_is_taken_back_at_the_next_loss(make_model):
 
 
 LATE = {
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
-    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "RMSprop loop": lambda p: torch.optim.RMSprop(p, lr=0.01, foreach=False),
     "AdamW loop": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
     "SGD dampening": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.1),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
@@ -368,7 +367,9 @@ def test_late_float_keeps_the_schedule_on_time_and_nan_out(name, make_model, dat
 
 def test_late_float_applies_a_cut_within_two_steps_and_says_what_was_applied(make_model):
     optimizer = torch.optim.RMSprop(make_model(device="cuda").parameters(), lr=0.1)
-    controller = AdaptiveLR(optimizer, total_steps=1000, warmup=0, decay="constant")
+    controller = AdaptiveLR(
+        optimizer, total_steps=1000, warmup=0, decay="constant", device_path="float"
+    )
     rng = np.random.default_rng(0)
     applied = []
     for step in range(300):

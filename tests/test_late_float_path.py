@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptlr.late_float_path import is_one_piece
+from adaptlr.device_path import is_one_piece
 
 PIECES = {
     "contiguous": (torch.ones(4, 3), True),

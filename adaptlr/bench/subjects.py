@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adaptlr._extension import FLOAT32, DeviceController, HostController
+from adaptlr._extension import FLOAT32, DeviceController, DeviceLoop, HostController
 from adaptlr.bench.eager import EagerController
 from adaptlr.bench.setup import (
     SMALL,
@@ -15,6 +15,7 @@ from adaptlr.bench.setup import (
     WARMUP_STEPS,
     Model,
     attach,
+    large,
     make_optimizer,
     set_device_lr,
     set_skip_flag,
@@ -32,6 +33,7 @@ CONTROL = "control step alone"
 EMPTY = "empty kernel through the same binding"
 COSINE = "CosineAnnealingLR.step()"
 SCHEDULED = "CosineAnnealingLR.step(); optimizer.step()"
+ZEROING = "zeroing 100 gradients if the step is skipped"
 EAGER = "the statistics in eager torch ops"
 
 Losses = Sequence[torch.Tensor]
@@ -134,7 +136,17 @@ def device_subjects(controller: AdaptiveLR, losses: Losses, calls: int) -> list[
     return [
         Subject(CONTROL, lambda loss: core.step(stream, loss.data_ptr(), FLOAT32, True), calls),
         Subject(EMPTY, lambda _: core.launch_empty(stream), calls),
+        zeroing_subject(losses, calls),
     ]
+
+
+def zeroing_subject(losses: Losses, calls: int) -> Subject:
+    """Return what prepares the skip of an optimizer that reads no flag."""
+    device = losses[0].device
+    optimizer = make_optimizer("AdamW", 1, large(device), device, fused=None, foreach=True)
+    path = attach(optimizer, losses)._path
+    assert isinstance(path, DeviceLoop)
+    return Subject(ZEROING, lambda _: path.zero_gradients(), calls)
 
 
 def scheduled_step(losses: Losses, calls: int) -> Subject:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adaptlr.bench.report import Row, Target
-from adaptlr.bench.subjects import CONTROL, COSINE, EMPTY, OBSERVE
+from adaptlr.bench.subjects import CONTROL, COSINE, EAGER, EMPTY, OBSERVE, ZEROING
 
 ADDED = "added by adaptlr"
 ADDED_BY_TORCH = "of it by torch, for the skip flag"
@@ -17,6 +17,9 @@ KERNEL = "the control kernel, ring record included"
 ADDED_LIMIT = 1.5  # us on the CPU
 LAUNCH_LIMIT = 1.5  # times an empty kernel
 KERNEL_LIMIT = 3.0  # us on the device
+SCHEDULER_TIMES = 5.0  # cheaper than a scheduler whose lr lies on the device
+EAGER_TIMES = 50.0  # cheaper than eager torch ops
+ZEROING_LIMIT = 20.0  # us on the host
 
 
 def targets_of(rows: Sequence[Row], device: str) -> list[Target]:
@@ -72,7 +75,28 @@ def _cuda_targets(rows: Sequence[Row], first: dict[str, Row]) -> list[Target]:
         named = {row.name: _host(row) for row in rows if row.section == section and row.host}
         name = f"added by adaptlr itself to {section.partition(',')[0]}.step(), 1 group"
         targets.append(_launch_target(name, named[ADDED_BY_ADAPTLR], named[ADDED_BY_LAUNCH]))
+    added = _host(first[ADDED])
+    for name, times in ((f"{COSINE}, tensor lr", SCHEDULER_TIMES), (EAGER, EAGER_TIMES)):
+        targets.append(_cheaper_target(name, _host(first[name]), added, times))
+    zeroing = _host(first[ZEROING])
+    targets.append(
+        Target(
+            ZEROING,
+            f"at most {ZEROING_LIMIT:.0f} us of host time",
+            f"{zeroing:.2f} us",
+            zeroing <= ZEROING_LIMIT,
+        )
+    )
     return targets
+
+
+def _cheaper_target(name: str, us: float, added: float, times: float) -> Target:
+    return Target(
+        f"added to SGD.step(), 1 group, beside {name}",
+        f"{times:.0f} times cheaper than its {us:.2f} us",
+        f"{added:.2f} us, {us / added:.1f} times cheaper",
+        us >= times * added,
+    )
 
 
 def _launch_target(name: str, added: float, empty: float) -> Target:
