@@ -20,7 +20,7 @@ import torch
 from adaptlr import _extension
 
 KEY = "adaptlr"
-VERSION = 1
+VERSION = 2
 STATE_FIELDS: tuple[str, ...] = tuple(_extension.state_dtype.names or ())
 _HEADER = 5
 
@@ -72,7 +72,7 @@ def unpack(tensor: object, group_count: int) -> Checkpoint:
         raise ValueError(f"the checkpoint's {KEY!r} entry must be bytes of float64, got {found}")
     values = tensor.detach().cpu().reshape(-1).numpy().view("<f8").tolist()
     if len(values) < _HEADER or values[0] != VERSION:
-        found = values[0] if values else "nothing"
+        found = f"{values[0]:g}" if values else "nothing"
         raise ValueError(f"the checkpoint's adaptlr version must be {VERSION}, got {found}")
     fields, groups, made_steps, total_steps = _counts(values[1:_HEADER])
     if groups != group_count:
@@ -107,7 +107,7 @@ def _check_state(state: npt.NDArray[Any]) -> None:
     bad = [name for name in STATE_FIELDS if not np.isfinite(state[name])]
     if bad:
         raise ValueError(f"the checkpoint's {bad[0]} must be finite, got {float(state[bad[0]])}")
-    for name in ("step", "samples", "phase"):
+    for name in ("step", "samples", "norm_samples", "phase"):
         if state[name] < 0 or state[name] != np.floor(state[name]):
             raise ValueError(f"the checkpoint's {name} must be a count, got {float(state[name])}")
     if state["phase"] > 4 or not 0.0 < state["factor"] <= 1.0:

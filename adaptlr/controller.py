@@ -140,8 +140,10 @@ class AdaptiveLR:
         Args:
             loss: Raw loss, not a smoothed one; one element, any floating dtype, on the parameters'
                 device. NaN and inf are valid observations: the step will be skipped.
-            grad_norm: Global gradient norm before clipping, one element. If it is not finite, the
-                step is skipped.
+            grad_norm: Global gradient norm before clipping, one element, as `clip_grad_norm_`
+                returns it; of a DTensor the full norm is taken, which all ranks do together. If it
+                is not finite, the step is skipped; if it is far above its level, the step's flags
+                have NORM_SPIKE, and nothing else is done about it.
             reduction: ``"mean"`` averages the losses of a step; ``"sum"`` adds them up, where the
                 loop has already divided each by the number of micro-batches.
 

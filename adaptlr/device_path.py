@@ -12,7 +12,7 @@ import torch
 
 from adaptlr import _extension
 from adaptlr.config import ResolvedConfig
-from adaptlr.host_path import check_loss
+from adaptlr.host_path import check_loss, full_norm
 from adaptlr.pending import Pending
 
 DTYPES: dict[torch.dtype, int] = {
@@ -138,6 +138,7 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
 
     def observe_grad_norm(self, grad_norm: torch.Tensor | float) -> None:
         """Take the gradient norm of the coming step."""
+        grad_norm = full_norm(grad_norm)
         if isinstance(grad_norm, torch.Tensor):
             self._check(grad_norm)
         self.grad_norm = grad_norm

@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adaptlr.reference_detector import Measurement, detect, is_finite, noise_scale, rebase
+from adaptlr.reference_detector import (
+    Measurement,
+    detect,
+    detect_norm,
+    is_finite,
+    noise_scale,
+    rebase,
+)
 from adaptlr.reference_state import (
     Action,
     Config,
@@ -48,6 +55,7 @@ __all__ = [
     "control_step",
     "default_config",
     "detect",
+    "detect_norm",
     "guard",
     "rebase",
     "run",
@@ -108,10 +116,13 @@ def measure(config: Config, signals: Signals, state: State) -> Measurement:
     if signals.overflow:
         flags |= Flag.OVERFLOW
     # Behind an overflow an infinite norm says nothing new: the scaler will lower its scale.
-    elif not (signals.grad_norm < 0 or math.isfinite(signals.grad_norm)):
+    elif not (signals.grad_norm < 0 or is_finite(signals.grad_norm)):
         flags |= Flag.NONFINITE
     measurement = detect(signals.loss, state)
-    return measurement._replace(flags=flags | measurement.flags)
+    flags |= measurement.flags
+    if signals.grad_norm >= 0 and not flags & (Flag.NONFINITE | Flag.OVERFLOW):
+        flags |= detect_norm(signals.grad_norm, state)
+    return measurement._replace(flags=flags)
 
 
 # Schedule.

@@ -38,8 +38,8 @@ class Action(enum.IntEnum):
 class Flag(enum.IntFlag):
     """What a step has shown."""
 
-    NONFINITE, SPIKE, DIVERGE, DRIFT, WORSE, OVERFLOW, OVERWRITTEN, ENDED = (
-        1 << i for i in range(8)
+    NONFINITE, SPIKE, DIVERGE, DRIFT, WORSE, OVERFLOW, OVERWRITTEN, ENDED, NORM_SPIKE = (
+        1 << i for i in range(9)
     )
 
 
@@ -109,6 +109,10 @@ class State:
     t_statistic: float = 0.0
     score: float = 0.0
     rise: float = 0.0
+    norm_samples: float = 0.0
+    norm_level: float = 0.0
+    norm_variance: float = 0.0
+    norm_spike_threshold: float = 6.0
     phase: Phase = Phase.RUN
     phase_step: float = 0.0
     factor: float = 1.0

@@ -29,7 +29,7 @@ class Action(IntEnum):
 
 
 class Flag(IntFlag):
-    """What the charts said about a step."""
+    """What the charts said about a step; SPIKE and NORM_SPIKE (of ``grad_norm``) inform only."""
 
     NONFINITE = 1
     SPIKE = 2
@@ -39,6 +39,7 @@ class Flag(IntFlag):
     OVERFLOW = 32
     OVERWRITTEN = 64
     ENDED = 128
+    NORM_SPIKE = 256
 
 
 ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE

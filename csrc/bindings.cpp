@@ -123,14 +123,14 @@ void define_layouts(py::module_& module) {
                                        rewarm_steps, hold_steps, regrow_growth,
                                        max_consecutive_skips, peak, peaks, group_count, decay,
                                        guard_mode, table));
-  define_layout<State>(module, "state_dtype",
-                       ADAPTLR_FIELDS(State, step, lr, samples, observed, level, variance, mean_age,
-                                      age_variance, age_covariance, sign_agreement, previous_score,
-                                      mean_score, cusum, outlier_run, spike_threshold, best_level,
-                                      best_samples, start_level, max_loss, min_loss, slope,
-                                      t_statistic, score, rise, phase, phase_step, factor,
-                                      cut_factor, ceiling, onset_lr, streak, last_alarm,
-                                      consecutive_skips, consecutive_overflows, skips, cuts));
+  define_layout<State>(
+      module, "state_dtype",
+      ADAPTLR_FIELDS(State, step, lr, samples, observed, level, variance, mean_age, age_variance,
+                     age_covariance, sign_agreement, previous_score, mean_score, cusum, outlier_run,
+                     spike_threshold, best_level, best_samples, start_level, max_loss, min_loss,
+                     slope, t_statistic, score, rise, norm_samples, norm_level, norm_variance,
+                     norm_spike_threshold, phase, phase_step, factor, cut_factor, ceiling, onset_lr,
+                     streak, last_alarm, consecutive_skips, consecutive_overflows, skips, cuts));
   define_layout<Record>(module, "record_dtype",
                         ADAPTLR_FIELDS(Record, sequence, step, loss, level, scale, slope,
                                        t_statistic, score, cusum, rise, grad_norm, lr, factor,

@@ -9,7 +9,7 @@ namespace adaptlr {
 ADAPTLR_HOST_DEVICE inline State initial_state() {
   State state{};
   state.factor = state.cut_factor = state.ceiling = 1.0;
-  state.spike_threshold = kOutlierScore;
+  state.spike_threshold = state.norm_spike_threshold = kOutlierScore;
   state.last_alarm = -1e9;
   return state;
 }
@@ -30,6 +30,12 @@ ADAPTLR_HOST_DEVICE inline int32_t gradient_flags(const Signals& signals) {
   if (signals.overflow)
     return kOverflow;
   return is_finite(signals.grad_norm) ? 0 : kNonfinite;
+}
+
+/// A norm that was given, from a step with nothing broken in it: the norm beside a broken loss, or
+/// behind an overflow, is no sample of the others.
+ADAPTLR_HOST_DEVICE inline bool is_sample(const Signals& signals, int32_t flags) {
+  return signals.grad_norm >= 0.0 && !(flags & (kNonfinite | kOverflow));
 }
 
 /// The step as it was measured, before the guard changes anything.
@@ -72,6 +78,8 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
     scale = scale_of(state);
   else
     decision.flags |= gradient_flags(signals) | detect(signals.loss, state, scale);
+  if (!failed && is_sample(signals, decision.flags))
+    decision.flags |= detect_norm(signals.grad_norm, state);
   fill_record(signals, !failed && is_finite(signals.loss), scale, state, record);
   if (!failed)
     decision.action = guard(config, signals, decision.flags, state);

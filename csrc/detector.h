@@ -1,5 +1,5 @@
-// Robust statistics of the loss curve and the charts that watch them: sections 2 and 3 of
-// docs/algorithm.md.
+// Robust statistics of the loss curve and of the gradient norm, and the charts that watch them:
+// sections 2, 3 and 5 of docs/algorithm.md.
 #pragma once
 
 #include "arithmetic.h"
@@ -49,6 +49,12 @@ constexpr double kDriftErrors = 6.5; // standard errors
 constexpr double kDriftShare = 0.1;  // of the progress made
 constexpr double kBestLeak = 1.0 / 2048.0;
 
+// The gradient norm. A norm of 0 has no logarithm.
+constexpr double kTinyNorm = 1e-30;
+// The smallest scale of its log that counts: bfloat16 resolves 0.8 %, so that no spike is a
+// rounding.
+constexpr double kMinNormScale = 0.01;
+
 ADAPTLR_HOST_DEVICE inline bool is_finite(double x) { return fabs(x) <= kLossLimit; }
 
 ADAPTLR_HOST_DEVICE inline double clamp(double x, double low, double high) {
@@ -84,7 +90,30 @@ ADAPTLR_HOST_DEVICE inline bool refuse(double loss, State& state) {
   return true;
 }
 
-/// Plain running moments of the first losses (equation 3).
+/// Plain running moments (equation 3).
+ADAPTLR_HOST_DEVICE inline void average(double gain, double residual, double& level,
+                                        double& variance) {
+  level += gain * residual;
+  variance = (1.0 - gain) * (variance + gain * residual * residual);
+}
+
+/// Huber's proposal 2 (equation 5): one bounded score moves location and scale.
+ADAPTLR_HOST_DEVICE inline void track(double gain, double bounded, double residual,
+                                      double least_variance, double& level, double& variance) {
+  level += gain * residual;
+  variance = larger(variance, least_variance) *
+             (1.0 + gain * (bounded * bounded * (1.0 / kClipVariance) - 1.0));
+}
+
+/// Whether a score is far out, against a threshold that calibrates itself to kSpikeRate.
+ADAPTLR_HOST_DEVICE inline bool is_spike(double score, double& threshold) {
+  const bool spike = score > threshold;
+  const double calmed = larger(kOutlierScore, threshold * kSpikeDecay);
+  threshold = spike ? threshold * kSpikeGrowth : calmed;
+  return spike;
+}
+
+/// The first losses.
 ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
   state.score = state.rise = state.t_statistic = 0.0;
   if (refuse(loss, state))
@@ -95,9 +124,9 @@ ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
   state.max_loss = first ? loss : larger(state.max_loss, loss);
   state.min_loss = first ? loss : smaller(state.min_loss, loss);
   state.outlier_run = 0.0;
-  const double residual = first ? 0.0 : loss - state.level;
-  state.level = first ? loss : state.level + gain * residual;
-  state.variance = (1.0 - gain) * (state.variance + gain * residual * residual);
+  state.level = first ? loss : state.level;
+  const double residual = loss - state.level;
+  average(gain, residual, state.level, state.variance);
   if (!first)
     regress(gain, residual, state);
   state.spike_threshold = kOutlierScore;
@@ -119,14 +148,6 @@ ADAPTLR_HOST_DEVICE inline double scale_of(const State& state) {
   return state.samples <= kStartupSamples ? deviation : larger(deviation, scale_floor(state));
 }
 
-/// One loss far out, against a threshold that calibrates itself to kSpikeRate.
-ADAPTLR_HOST_DEVICE inline int32_t spike_chart(State& state) {
-  const bool spike = state.score > state.spike_threshold;
-  const double calmed = larger(kOutlierScore, state.spike_threshold * kSpikeDecay);
-  state.spike_threshold = spike ? state.spike_threshold * kSpikeGrowth : calmed;
-  return spike ? kSpike : 0;
-}
-
 /// Long-run variance factor of the noise, from the agreement of successive signs (equation 6).
 /// Products of scores would let an excursion raise its own threshold.
 ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, State& state) {
@@ -146,14 +167,6 @@ ADAPTLR_HOST_DEVICE inline int32_t diverge_chart(double bounded, double tau, Sta
       larger(0.0, state.cusum + bounded * inverse_square_root(kClipVariance * tau) - kCusumSlack);
   state.outlier_run = state.score > kOutlierScore ? state.outlier_run + 1.0 : 0.0;
   return state.cusum > kCusumLimit || state.outlier_run >= kOutlierRun ? kDiverge : 0;
-}
-
-/// Huber's proposal 2 (equation 5): one bounded score moves location and scale.
-ADAPTLR_HOST_DEVICE inline void track(double gain, double bounded, double residual, double floor,
-                                      State& state) {
-  state.level += gain * residual;
-  state.variance = larger(state.variance, floor * floor) *
-                   (1.0 + gain * (bounded * bounded * (1.0 / kClipVariance) - 1.0));
 }
 
 ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const State& state) {
@@ -202,13 +215,35 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& sca
   state.score = divide(loss - state.level, scale);
   const double bounded = clamp(state.score, -kClip, kClip);
   const double residual = scale * bounded;
-  int32_t flags = spike_chart(state);
+  int32_t flags = is_spike(state.score, state.spike_threshold) ? kSpike : 0;
   const double tau = variance_factor(gain, bounded, state);
   flags |= diverge_chart(bounded, tau, state);
   regress(gain, residual, state);
-  track(gain, bounded, residual, floor, state);
+  track(gain, bounded, residual, floor * floor, state.level, state.variance);
   state.t_statistic = slope_t_statistic(tau, state);
   return flags | level_charts(scale, tau, state);
+}
+
+/// Takes one gradient norm in, which is finite, and says whether it is a spike (equations 11 and
+/// 12). Nothing here touches the statistics of the loss.
+ADAPTLR_HOST_DEVICE inline int32_t detect_norm(double norm, State& state) {
+  constexpr double kLeastVariance = kMinNormScale * kMinNormScale;
+  state.norm_samples = smaller(state.norm_samples + 1.0, kMaxSamples);
+  const bool starting = state.norm_samples <= kStartupSamples;
+  const double gain = larger(kGain, divide(1.0, state.norm_samples));
+  const double residual = logarithm(larger(norm, kTinyNorm)) - state.norm_level;
+  const double variance = larger(state.norm_variance, kLeastVariance);
+  const double precision = inverse_square_root(variance); // serves both score and scale
+  const double score = residual * precision;
+  const double bounded = clamp(score, -kClip, kClip);
+  double plain_level = state.norm_level, plain_variance = state.norm_variance;
+  average(gain, residual, plain_level, plain_variance);
+  track(gain, bounded, variance * precision * bounded, kLeastVariance, state.norm_level,
+        state.norm_variance);
+  // Chosen afterwards: a branch would keep the root from overlapping with the logarithm.
+  state.norm_level = starting ? plain_level : state.norm_level;
+  state.norm_variance = starting ? plain_variance : state.norm_variance;
+  return is_spike(starting ? 0.0 : score, state.norm_spike_threshold) ? kNormSpike : 0;
 }
 
 /// Forgets how sure the statistics were; `accept` also takes the present level for the new

@@ -33,7 +33,7 @@ struct RingCursor {
 static_assert(sizeof(RingCursor) == sizeof(RingHeader), "the cursor is published as a header");
 
 /// All that a controller keeps on its device. The order serves the control step: what it changes
-/// comes first, then what it only reads, so that a warp moves either in one or two wide accesses.
+/// comes first, then what it only reads, so that a warp moves either in one to three wide accesses.
 struct alignas(16) DeviceBlock {
   State state;
   PendingLosses pending;
@@ -53,7 +53,10 @@ constexpr unsigned kChangedBytes = sizeof(State) + sizeof(PendingLosses) + sizeo
 constexpr unsigned kStagedBytes = kChangedBytes + sizeof(Ring) + sizeof(Config) + sizeof(int64_t);
 static_assert(kChangedBytes % kVectorBytes == 0 && kChangedBytes <= kLanes * kVectorBytes,
               "one access of the warp stores what a step changes");
-static_assert(kStagedBytes == 2 * kLanes * kVectorBytes, "two accesses load what a step reads");
+constexpr unsigned kLoads = 3; // of the warp; the last reaches into lr and written
+static_assert(kStagedBytes <= kLoads * kLanes * kVectorBytes &&
+                  kLoads * kLanes * kVectorBytes <= sizeof(DeviceBlock),
+              "three accesses load what a step reads");
 static_assert(kMaxGroups == 2 * kLanes, "a lane looks after two groups");
 
 /// The scalars that a control step reads, one lane each.

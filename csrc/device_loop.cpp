@@ -19,6 +19,7 @@ struct DeviceLoop {
   PyObject* grad_norm; // of the coming step, for Python to hand over; or null
   PyObject* index;     // of the device
   DeviceController* controller;
+  const dlpack::ExchangeApi* exchange; // of tensor_type, or null
   long device;
   long long launched; // control steps
   int dtype;          // of `first`
@@ -137,7 +138,7 @@ bool zero_gradients(PyObject* self, DeviceLoop& loop) {
   Owned rest;
   const Owned groups = owned(param_groups_of(loop.optimizer));
   if (!groups || !PyList_Check(groups.ptr()) ||
-      !find_gradients(groups.ptr(), loop.tensor_type, ranges, rest))
+      !find_gradients(groups.ptr(), loop.tensor_type, loop.exchange, ranges, rest))
     return false;
   loop.controller->zero_if_skipped(current_stream(loop), ranges);
   return !rest || owned(PyObject_CallMethodOneArg(self, ADAPTLR_NAME("zero_slowly"), rest.ptr()));
@@ -188,6 +189,7 @@ int initialise(PyObject* self, PyObject* args, PyObject*) {
     PyErr_SetString(PyExc_TypeError, "core must be a DeviceController");
     return -1;
   }
+  loop.exchange = dlpack::exchange_api_of(tensor_type);
   loop.device = PyLong_AsLong(index);
   Py_XSETREF(loop.core, Py_NewRef(core));
   Py_XSETREF(loop.optimizer, Py_NewRef(optimizer));

@@ -3,27 +3,34 @@
 namespace adaptlr {
 namespace {
 
-/// Calls a method without arguments, or reads an attribute, that is an integer; -1 for anything
-/// else.
-long long integer_of(Owned value) {
+long long integer_of(const Owned& value) {
   const long long integer = value ? PyLong_AsLongLong(value.ptr()) : -1;
   PyErr_Clear();
   return integer;
 }
 
-/// The memory of a gradient, if it is a plain tensor in one piece.
-bool find_range(PyObject* gradient, PyObject* tensor_type, Range& range) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(gradient)) != tensor_type)
-    return false;
-  const Owned whole = owned(PyObject_CallMethodNoArgs(gradient, ADAPTLR_NAME("is_contiguous")));
+/// The memory of a tensor, asked for through Python; empty where it is not in one piece.
+Range asked_range(PyObject* tensor) {
+  const Owned whole = owned(PyObject_CallMethodNoArgs(tensor, ADAPTLR_NAME("is_contiguous")));
   PyErr_Clear(); // a sparse one has no such thing
   if (whole.ptr() != Py_True)
-    return false;
+    return Range{};
   const long long address =
-      integer_of(owned(PyObject_CallMethodNoArgs(gradient, ADAPTLR_NAME("data_ptr"))));
-  range.address = reinterpret_cast<unsigned char*>(address);
-  range.bytes = integer_of(owned(PyObject_GetAttr(gradient, ADAPTLR_NAME("nbytes"))));
-  return address > 0 && range.bytes > 0;
+      integer_of(owned(PyObject_CallMethodNoArgs(tensor, ADAPTLR_NAME("data_ptr"))));
+  const long long bytes = integer_of(owned(PyObject_GetAttr(tensor, ADAPTLR_NAME("nbytes"))));
+  return Range{reinterpret_cast<unsigned char*>(address), bytes};
+}
+
+Range described_range(PyObject* tensor, const dlpack::ExchangeApi& api) {
+  dlpack::Tensor description{};
+  if (api.describe(tensor, &description) != 0) {
+    PyErr_Clear();
+    return Range{};
+  }
+  if (!dlpack::is_contiguous(description))
+    return Range{};
+  auto* data = static_cast<unsigned char*>(description.data) + description.byte_offset;
+  return Range{data, dlpack::bytes_of(description)};
 }
 
 bool add(PyObject* gradient, Owned& rest) {
@@ -34,8 +41,8 @@ bool add(PyObject* gradient, Owned& rest) {
 
 } // namespace
 
-bool find_gradients(PyObject* groups, PyObject* tensor_type, std::vector<Range>& ranges,
-                    Owned& rest) {
+bool find_gradients(PyObject* groups, PyObject* tensor_type, const dlpack::ExchangeApi* api,
+                    std::vector<Range>& ranges, Owned& rest) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* parameters =
         PyDict_GetItem(PyList_GET_ITEM(groups, g), ADAPTLR_NAME("params")); // borrowed
@@ -48,10 +55,13 @@ bool find_gradients(PyObject* groups, PyObject* tensor_type, std::vector<Range>&
           owned(PyObject_GetAttr(PyList_GET_ITEM(parameters, p), ADAPTLR_NAME("grad")));
       if (!gradient)
         return false;
-      Range range{};
       if (gradient.is_none())
         continue;
-      if (find_range(gradient.ptr(), tensor_type, range))
+      Range range{};
+      if (reinterpret_cast<PyObject*>(Py_TYPE(gradient.ptr())) == tensor_type)
+        range =
+            api != nullptr ? described_range(gradient.ptr(), *api) : asked_range(gradient.ptr());
+      if (range.address != nullptr && range.bytes > 0)
         ranges.push_back(range);
       else if (!add(gradient.ptr(), rest))
         return false;

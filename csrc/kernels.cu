@@ -128,7 +128,7 @@ __device__ void publish(const RingCursor& cursor, RingHeader* header, unsigned l
 
 extern "C" __global__ void __launch_bounds__(kLanes)
     adaptlr_control_step(const __grid_constant__ StepParams params) {
-  __shared__ DeviceBlock staged; // up to lr
+  __shared__ DeviceBlock staged; // what three loads bring
   __shared__ Outcome outcome;
   __shared__ double inputs[kLanes];
   const unsigned lane = threadIdx.x;
@@ -136,14 +136,16 @@ extern "C" __global__ void __launch_bounds__(kLanes)
 
   // All loads first: the step waits for memory once.
   const auto* block_vectors = reinterpret_cast<const uint4*>(&block);
-  const uint4 near = block_vectors[lane], far = block_vectors[lane + kLanes];
+  const uint4 near = block_vectors[lane], middle = block_vectors[lane + kLanes];
+  const uint4 far = block_vectors[lane + 2 * kLanes];
   const uint2 lrs = reinterpret_cast<const uint2*>(block.lr)[lane];
   const uint2 written = reinterpret_cast<const uint2*>(block.written)[lane];
   const Scalar input = lane < kInputs ? params.inputs[lane] : Scalar{};
   const uint64_t bits = fetch(input);
 
   reinterpret_cast<uint4*>(&staged)[lane] = near;
-  reinterpret_cast<uint4*>(&staged)[lane + kLanes] = far;
+  reinterpret_cast<uint4*>(&staged)[lane + kLanes] = middle;
+  reinterpret_cast<uint4*>(&staged)[lane + 2 * kLanes] = far;
   inputs[lane] = decode(bits, input);
   const bool host_sets_lr = params.applied_lr >= 0.0;
   const bool changed = lrs.x != written.x || lrs.y != written.y;

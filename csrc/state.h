@@ -17,6 +17,7 @@ using uint64_t = unsigned long long;
 #else
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #endif
 
 namespace adaptlr {
@@ -45,6 +46,7 @@ enum Flag : int32_t {
   kOverflow = 32,    // GradScaler found an infinite gradient
   kOverwritten = 64, // something else wrote the lr since the last step
   kEnded = 128,      // the clock has passed total_steps
+  kNormSpike = 256,  // the gradient norm is far above its level; informative
 };
 
 /// What the user asked for, resolved to numbers. Changes only between steps, at the user's request.
@@ -72,7 +74,7 @@ struct Config {
 /// What one optimizer step brings in.
 struct Signals {
   double loss;         // mean or sum of the micro-batch losses; NaN and inf are valid
-  double grad_norm;    // before clipping; negative: not given
+  double grad_norm;    // before clipping; negative: not given; NaN and inf are valid
   double applied_lr;   // lr of the largest group in this step where the host sets it; negative: the
                        // controller sets it
   int32_t overflow;    // GradScaler found an infinite gradient
@@ -105,6 +107,10 @@ struct State {
   double t_statistic;           // of the slope
   double score;                 // z of the last finite loss
   double rise;                  // of the level above its best, in standard errors
+  double norm_samples;          // gradient norms taken; in [0, 1e6]
+  double norm_level;            // robust moving mean of the log of the gradient norm
+  double norm_variance;         // robust moving variance of that log about it
+  double norm_spike_threshold;  // of the norm, in units of the scale; >= 6; starts at 6
   double phase;                 // of the guard; a Phase
   double phase_step;            // the step at which it began
   double factor;                // lr = peak x factor x schedule; in (0, 1]; starts at 1
@@ -118,7 +124,7 @@ struct State {
   double skips;                 // steps skipped so far
   double cuts;                  // of the factor so far
 };
-constexpr int kStateFields = 36;
+constexpr int kStateFields = 40;
 static_assert(sizeof(State) == kStateFields * sizeof(double),
               "a State is a row of a float64 tensor");
 

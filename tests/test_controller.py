@@ -11,11 +11,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 from conftest import loss_of, parameters_of, same
 
 import adaptlr
-from adaptlr import AdaptiveLR, Guard, Schedule
+from adaptlr import AdaptiveLR, Flag, Guard, Schedule
 
 STEPS = 40
 OPTIMIZERS = {
@@ -302,6 +303,46 @@ def test_a_gradient_norm_that_is_not_finite_skips_the_step(make_model, batches):
     assert controller.history()["grad_norm"][0] == math.inf
 
 
+def test_a_gradient_norm_far_above_its_level_is_flagged_and_nothing_else_is_done(make_model):
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    controller = AdaptiveLR(optimizer, total_steps=100, warmup=0, decay="constant")
+    norms = 1.0 + 0.1 * np.random.default_rng(0).standard_normal(40)
+    norms[30] = 100.0
+    for step, norm in enumerate(norms):
+        controller.step(1.0, grad_norm=torch.tensor(norm))
+        assert (controller.status().flags == Flag.NORM_SPIKE) == (step == 30)
+    history = controller.history()
+    assert np.flatnonzero(history["flags"]).tolist() == [30]
+    assert history["grad_norm"].tolist() == norms.tolist()
+    assert (controller.events(), set(history["lr"]), set(history["action"])) == ([], {0.1}, {0})
+
+
+@pytest.fixture
+def mesh():
+    """One process that is a group of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_gradient_norm_may_be_a_dtensor_whatever_its_placement(mesh):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    weights = torch.nn.Parameter(distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)]))
+    optimizer = torch.optim.SGD([weights], lr=0.1)
+    controller = AdaptiveLR(optimizer, total_steps=100)
+    weights.pow(2).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_([weights], 1.0)
+    assert isinstance(norm, DTensor)
+    controller.step(1.0, grad_norm=norm)
+    for placement in (Replicate(), Partial()):
+        given = DTensor.from_local(torch.tensor(7.0), mesh, [placement])
+        controller.step(1.0, grad_norm=given)
+    assert controller.history()["grad_norm"].tolist() == [10.0, 7.0, 7.0]
+
+
 # -- closures -----------------------------------------------------------------
 
 
@@ -387,6 +428,19 @@ def test_resuming_equals_never_having_stopped(make_model, batches, stop):
         if name not in ("sequence", "checksum"):
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     assert any(event.kind == "cut" for event in controller.events())
+
+
+def test_a_checkpoint_carries_the_level_of_the_gradient_norm(make_model):
+    first, second = (
+        AdaptiveLR(torch.optim.SGD(make_model().parameters(), lr=0.1), total_steps=STEPS)
+        for _ in range(2)
+    )
+    for step in range(20):
+        first.step(1.0, grad_norm=1.0 + 0.1 * (step % 3))
+    second.load_state_dict(first.state_dict())
+    for controller in (first, second):
+        controller.step(1.0, grad_norm=5.0)
+        assert controller.status().flags == Flag.NORM_SPIKE
 
 
 def test_a_checkpoint_loads_without_adaptlr(make_model, batches):

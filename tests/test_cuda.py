@@ -82,11 +82,15 @@ def test_the_kernel_agrees_with_the_host_on_every_field(trace, config):
     device = Device(device_row, len(signals) + 1)
     losses = torch.from_numpy(np.array([each.loss for each in signals])).cuda()
     flags = torch.tensor([float(each.overflow) for each in signals], device="cuda")
+    norms = torch.from_numpy(np.array([each.grad_norm for each in signals])).cuda()
     for index, each in enumerate(signals):
         host.step(*dataclasses.astuple(each))
         loss, flag = losses.data_ptr() + 8 * index, flags.data_ptr() + 4 * index
-        dtype, norm, lr = _extension.FLOAT64, each.grad_norm, each.applied_lr
-        device.core.step(stream(), loss, dtype, True, 0, 0, norm, flag, lr)
+        dtype, lr = _extension.FLOAT64, each.applied_lr
+        # On the device and as a float, by turns.
+        norm = norms.data_ptr() + 8 * index if index % 2 else 0
+        value = -1.0 if norm else each.grad_norm
+        device.core.step(stream(), loss, dtype, True, norm, dtype, value, flag, lr)
         if index % 500 == 0:
             torch.cuda.synchronize()
     torch.cuda.synchronize()
@@ -255,6 +259,38 @@ def test_a_gradient_norm_on_the_device_skips_when_it_is_not_finite(make_model, d
     torch.cuda.synchronize()
     assert same(before, parameters_of(model))
     assert controller.events()[0].kind == "skip"
+
+
+class Sharded:
+    """What is used of a DTensor."""
+
+    def __init__(self, norm: torch.Tensor) -> None:
+        self.norm = norm
+
+    def full_tensor(self) -> torch.Tensor:
+        return self.norm
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("wrap", [torch.Tensor.clone, Sharded], ids=["tensor", "DTensor"])
+def test_a_gradient_norm_far_above_its_level_is_flagged_without_a_wait(make_model, wrap):
+    optimizer = torch.optim.SGD(make_model(device="cuda").parameters(), lr=0.1)
+    controller = AdaptiveLR(optimizer, total_steps=100)
+    loss = torch.ones((), device="cuda")
+    norms = (1.0 + 0.1 * torch.sin(torch.arange(40.0))).cuda()
+    norms[30] = 100.0
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for norm in norms.unbind():
+            controller.step(loss, grad_norm=wrap(norm))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    history = controller.history()
+    assert history["grad_norm"].tolist() == norms.tolist()
+    assert np.flatnonzero(history["flags"]).tolist() == [30]
+    assert history["flags"][30] == adaptlr.Flag.NORM_SPIKE
 
 
 @pytest.mark.parametrize("fused", [True, False])

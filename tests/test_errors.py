@@ -195,12 +195,12 @@ def with_entry(index: int, value: float):
 
 
 CHECKPOINTS = {
-    "version": (with_entry(0, 9.0), "version must be 1, got 9"),
+    "version": (with_entry(0, 1.0), "version must be 2, got 1"),
     "groups": (with_entry(2, 3.0), "must be of 1 parameter groups, as the optimizer has, got 3"),
     "cut short": (lambda tensor: tensor[:160], "must hold"),
     "cut in a number": (lambda tensor: tensor[:161], "must be bytes of float64, got 161"),
     "cast": (lambda tensor: tensor.half(), "must be bytes of float64"),
-    "empty": (lambda tensor: tensor[:0], "version must be 1, got nothing"),
+    "empty": (lambda tensor: tensor[:0], "version must be 2, got nothing"),
     "nan": (with_entry(-8, math.nan), "must be finite, got nan"),
     "step": (with_entry(7, 2.5), "step must be a count, got 2.5"),
     "factor": (with_entry(-10, 7.0), "must lie in"),

@@ -281,6 +281,101 @@ def test_spike_threshold_rises_by_each_spike_and_falls_back():
     assert state.spike_threshold == pytest.approx(6 * math.exp(0.4995) * 0.9995, rel=4 * EPS)
 
 
+# Gradient norm.
+
+
+def give(norms: list[float], state: State, **signals: bool) -> list[Flag]:
+    """Return the flags of steps with these norms and a loss of 1."""
+    return [control_step(CONFIG, Signals(1.0, n, **signals), state)[1].flags for n in norms]
+
+
+def norm_fields(state: State) -> list[float]:
+    return [value for name, value in vars(state).items() if name.startswith("norm_")]
+
+
+def test_first_norms_give_plain_moments_of_their_logs():
+    state = State()
+    give([1.0, math.e, math.e**3], state)
+    # Logs 0, 1, 3: a mean of 4/3 and a variance of (16 + 1 + 25) / 9 / 3.
+    np.testing.assert_allclose(norm_fields(state), [3, 4 / 3, 14 / 9, 6], rtol=8 * EPS)
+
+
+def test_norms_are_tracked_by_huber_s_proposal_2_after_16():
+    state = State()
+    give([1.0, math.e**2] * 8, state)  # mean 1, variance 1
+    give([math.e**2], state)  # a score of 1, gain 1/17
+    beta = reference_detector.BETA
+    expected = [17, 1 + 1 / 17, 1 + (1 / beta - 1) / 17, 6]
+    np.testing.assert_allclose(norm_fields(state), expected, rtol=32 * EPS)
+    state = State(norm_samples=999, norm_level=2.0, norm_variance=0.25, norm_spike_threshold=6.0)
+    assert give([math.exp(4.0)], state) == [Flag(0)]  # a score of 4, clipped to 2.5
+    expected = [1000, 2 + 2.5 * 0.5 / 128, 0.25 * (1 + (6.25 / beta - 1) / 128), 6]
+    np.testing.assert_allclose(norm_fields(state), expected, rtol=8 * EPS)
+
+
+def test_norm_of_zero_counts_as_1e_30():
+    state = State()
+    give([0.0, 1e-40], state)
+    assert norm_fields(state) == [2, np.log(1e-30), 0, 6]
+
+
+def test_norm_spike_is_flagged_once_16_norms_are_known_and_changes_nothing_else():
+    state = State()
+    assert give([1.0, 1.1] * 8, state) == [Flag(0)] * 16
+    assert give([1e6], dataclasses.replace(state, norm_samples=15)) == [Flag(0)]
+    scale = math.sqrt(state.norm_variance)
+    for score, expected in ((5.99, Flag(0)), (6.01, Flag.NORM_SPIKE)):
+        after = dataclasses.replace(state)
+        norm = math.exp(state.norm_level + score * scale)
+        decision, record = control_step(CONFIG, Signals(1.0, norm), after)
+        assert (record.flags, record.action, record.phase) == (expected, Action.NONE, Phase.RUN)
+        assert decision.multiplier == 0.17  # of the warm-up's 17th step
+    assert after.norm_spike_threshold == pytest.approx(6 * math.exp(0.4995), rel=2 * EPS)
+    give([1.0], after)
+    assert after.norm_spike_threshold == pytest.approx(6 * math.exp(0.4995) * 0.9995, rel=4 * EPS)
+
+
+def test_least_scale_of_the_norm_is_one_percent():
+    for excess, expected in ((0.0599, Flag(0)), (0.0601, Flag.NORM_SPIKE)):
+        assert give([1.0] * 100 + [math.exp(excess)], State())[-1] == expected
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        Signals(1.0),  # no norm
+        Signals(1.0, math.inf),
+        Signals(1.0, NAN),
+        Signals(1.0, 1.1e30),
+        Signals(NAN, 1.0),
+        Signals(1.0, 1.0, overflow=True),
+        Signals(1.0, math.inf, overflow=True),
+    ],
+    ids=str,
+)
+def test_norm_that_is_missing_or_of_a_broken_step_leaves_its_statistics_alone(signals):
+    state = State()
+    give([1.0, 2.0, 3.0] * 10, state)
+    before = norm_fields(state)
+    _, record = control_step(CONFIG, signals, state)
+    assert norm_fields(state) == before
+    assert not record.flags & Flag.NORM_SPIKE
+
+
+def test_failed_run_takes_no_norm():
+    state = State(phase=Phase.FAILED)
+    give([1.0] * 20, state)
+    assert norm_fields(state) == [0, 0, 0, 6]
+
+
+def test_rebase_leaves_the_norm_alone():
+    state, _ = after_alarm()
+    state.norm_samples, state.norm_level = 300.0, 1.5
+    before = norm_fields(state)
+    reference.rebase(7.0, True, state)
+    assert norm_fields(state) == before
+
+
 # Guard.
 
 
@@ -477,11 +572,13 @@ PROMISED = {
     "negative": Flag(0),
     "near_zero": Flag.SPIKE,
     "ar_noise": Flag(0),
-    "constant": Flag(0),
+    "constant": Flag(0),  # of a norm that moves by a step of bfloat16, too
     "jump_down": Flag(0),
     "overflow": Flag.NONFINITE | Flag.OVERFLOW,
     "heavy_tail": Flag.SPIKE,
     "end_of_run": Flag.ENDED,
+    "norm_spike": Flag.NORM_SPIKE | Flag.NONFINITE | Flag.OVERFLOW,
+    "norm_tail": Flag.NORM_SPIKE | Flag.SPIKE | Flag.DIVERGE | Flag.DRIFT | Flag.WORSE,
 }
 
 
@@ -534,5 +631,8 @@ def test_enumerations_have_one_order(enumeration):
 def test_flags_have_one_value():
     header = (Path(__file__).parents[1] / "csrc" / "state.h").read_text()
     body = re.search(r"enum Flag : \w+ {(.*?)};", header, re.DOTALL)[1]
-    values = {name.upper(): int(value) for name, value in re.findall(r"k(\w+) = (\d+)", body)}
+    values = {
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper(): int(value)
+        for name, value in re.findall(r"k(\w+) = (\d+)", body)
+    }
     assert values == {flag.name: flag.value for flag in Flag}

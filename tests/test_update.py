@@ -24,7 +24,7 @@ LOSS_FIELDS = {"loss", "level", "scale", "best_level", "start_level", "max_loss"
 LOSS_FIELDS |= {"slope", "age_covariance"}  # per step, and times steps
 EXACT_FIELDS = {"step", "samples", "observed", "best_samples", "outlier_run", "phase", "phase_step"}
 EXACT_FIELDS |= {"streak", "last_alarm", "consecutive_skips", "consecutive_overflows", "skips"}
-EXACT_FIELDS |= {"cuts", "previous_phase", "flags", "action"}
+EXACT_FIELDS |= {"cuts", "previous_phase", "flags", "action", "norm_samples"}
 
 SETTINGS: list[dict[str, object]] = [
     {},
@@ -50,11 +50,11 @@ CASES = [
     for i, trace in enumerate(TRACES)
     for index in (0, 1 + i % (len(SETTINGS) - 1))
 ]
-# The traces with alarms and the one with every kind of broken step, with all settings.
+# The traces with alarms and those with every kind of broken step, with all settings.
 CASES += [
     pytest.param(trace, config_of(trace, index), id=f"{trace.name}-{index}-all")
     for trace in TRACES
-    if trace.name in ("blow_up", "overflow")
+    if trace.name in ("blow_up", "overflow", "norm_spike")
     for index in range(1, len(SETTINGS))
 ]
 
@@ -154,3 +154,51 @@ def test_multiplier_and_skip_are_those_of_the_reference() -> None:
         skip, _, lrs = controller.step(*dataclasses.astuple(signals))
         assert skip == bool(decision.action)
         assert lrs == pytest.approx([PEAK * decision.multiplier], rel=RTOL, abs=0)
+
+
+NORM_FIELDS = {"norm_samples", "norm_level", "norm_variance", "norm_spike_threshold"}
+
+
+@pytest.mark.parametrize("name", ["healthy", "spike", "blow_up", "drift", "start_up_blow_up"])
+def test_gradient_norms_change_nothing_but_their_own_fields(name: str) -> None:
+    trace = next(trace for trace in TRACES if trace.name == name)
+    norms = np.exp(np.random.default_rng(20).standard_t(2, len(trace.losses)).clip(-60, 60))
+    config = reference.default_config(trace.total_steps, PEAK)
+    without, states = run_extension(config, signals_of(trace))
+    given = dataclasses.replace(trace, grad_norms=norms)
+    with_norms, its_states = run_extension(config, signals_of(given))
+    for field in set(Record._fields) - {"grad_norm", "flags"}:
+        np.testing.assert_array_equal(with_norms[field], without[field], err_msg=field)
+    spikes = with_norms["flags"] & reference.Flag.NORM_SPIKE
+    assert spikes.any()
+    np.testing.assert_array_equal(with_norms["flags"] - spikes, without["flags"])
+    for field in set(STATE_FIELDS) - NORM_FIELDS:
+        np.testing.assert_array_equal(its_states[field], states[field], err_msg=field)
+    assert not any(states[field].any() for field in NORM_FIELDS - {"norm_spike_threshold"})
+
+
+def norm_spikes(logs: np.ndarray) -> tuple[int, np.void]:
+    """Count the flags that norms with these logarithms raise; also return the last State."""
+    config = reference.default_config(0, PEAK, decay=Decay.CONSTANT)
+    row, _table = to_structured(config)
+    controller = extension.HostController(row, history_size=len(logs))
+    for norm in np.exp(logs).tolist():
+        controller.step(1.0, norm)
+    flags = controller.records()["flags"]
+    return int(np.count_nonzero(flags & reference.Flag.NORM_SPIKE)), controller.state
+
+
+def test_lognormal_norms_raise_no_false_alarm_in_a_million_steps() -> None:
+    # P(Z > 6) is 1e-9; with a scale that is an estimate, right to 5 %, still below 1e-7.
+    count, state = norm_spikes(0.3 * np.random.default_rng(21).standard_normal(1_000_000))
+    assert count == 0
+    # The level has a memory of 255 values, the variance one of about 255 / 1.3.
+    assert state["norm_level"] == pytest.approx(0, abs=4 * 0.3 / np.sqrt(255))
+    assert np.sqrt(state["norm_variance"]) == pytest.approx(0.3, rel=4 / np.sqrt(2 * 255 / 1.3))
+
+
+def test_norms_with_heavy_tails_raise_one_flag_in_1000_steps_at_most() -> None:
+    tails = 0.2 * np.random.default_rng(22).standard_t(2, 100_000)
+    count, _ = norm_spikes(tails.clip(-60, 60))
+    # The threshold balances them at one in 1000; from 6 it has to rise first.
+    assert count <= 1.1e-3 * len(tails) + 10

@@ -76,6 +76,26 @@ def overflow_trace() -> Trace:
     return Trace("overflow", curve() + noise(15), norms, overflows)
 
 
+def norm_spike_trace() -> Trace:
+    """Every kind of norm: spikes, none given, 0, tiny, huge, and those that are not finite."""
+    norms = np.exp(noise(17, 0.3))
+    norms[[12, 300, 4000, 8000]] *= [50.0, 20.0, 1e6, 30.0]
+    norms[[50, 2500, 2501, 2502, 6001]] = [0.0, 0.0, -0.0, 1e-40, 1e29]
+    norms[[700, 3000, 3001, 5000, 7500]] = [np.inf, np.nan, np.inf, 2e30, np.inf]
+    norms[1000:1500] = norms[5001:6000:2] = -1.0
+    losses = with_values(curve() + noise(18), {3001: [np.nan], 8000: [np.inf], 9000: [np.nan] * 4})
+    overflows = np.zeros(STEPS, bool)
+    overflows[[0, 7500, 9500]] = True
+    return Trace("norm_spike", losses, norms, overflows)
+
+
+def norm_tail_trace() -> Trace:
+    """Norms that fall by a half every 3000 steps, with tails so heavy that 6 scales are common."""
+    random = np.random.default_rng(19)
+    norms = np.exp(-np.arange(STEPS) / 4300 + np.clip(0.3 * random.standard_t(2, STEPS), -60, 60))
+    return Trace("norm_tail", blow_up(4000, 12.0), norms)
+
+
 def make_traces() -> list[Trace]:
     healthy = curve() + noise(1)
     clock = np.arange(STEPS)
@@ -104,11 +124,13 @@ def make_traces() -> list[Trace]:
         Trace("negative", -3.0 + curve() + noise(11) - clock / 5000),
         Trace("near_zero", 0.02 * np.exp(1.2 * random.standard_normal(STEPS))),
         Trace("ar_noise", curve() + autocorrelated_noise(12)),
-        Trace("constant", np.full(STEPS, 0.7)),
+        Trace("constant", np.full(STEPS, 0.7), np.where(clock % 900 == 899, 1.0078125, 1.0)),
         Trace("jump_down", curve() - 0.8 * (clock >= 3000) + noise(13)),
         overflow_trace(),
         Trace("heavy_tail", curve() + 0.05 * random.standard_t(2, STEPS)),
         Trace("end_of_run", healthy, total_steps=9000),
+        norm_spike_trace(),
+        norm_tail_trace(),
     ]
 
 

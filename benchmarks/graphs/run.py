@@ -72,6 +72,16 @@ def warm_up(iterate: Step) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+def replayed(graph: torch.cuda.CUDAGraph, *read: object) -> Step:
+    """Return what replays ``graph``, and keeps alive what the graph reads."""
+
+    def step() -> object:
+        graph.replay()
+        return read
+
+    return step
+
+
 def bare_graph(device: torch.device) -> Step:
     model, optimizer, tokens = make(device)
 
@@ -81,7 +91,7 @@ def bare_graph(device: torch.device) -> Step:
         optimizer.step()
 
     warm_up(iterate)
-    return capture(iterate).replay
+    return replayed(capture(iterate), iterate)
 
 
 def controlled_graph(device: torch.device) -> tuple[Step, AdaptiveLR]:
@@ -96,7 +106,7 @@ def controlled_graph(device: torch.device) -> tuple[Step, AdaptiveLR]:
 
     with controller.suspended():
         warm_up(iterate)
-    return capture(iterate).replay, controller
+    return replayed(capture(iterate), iterate), controller
 
 
 def eager_loop(device: torch.device) -> tuple[Step, AdaptiveLR]:
