@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,22 @@ def test_the_readme_s_ten_lines_run(capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "Status(step=200" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_the_graph_of_the_docs_runs(capsys):
+    page = (ROOT / "docs/cuda_graphs.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block.replace("10_000", "300"), "cuda_graphs.md", "exec"), {})
+    assert "Status(step=2" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_the_graph_example_runs():
+    example = ROOT / "examples/cuda_graph.py"
+    result = subprocess.run([sys.executable, example], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "captured" in result.stdout
 
 
 @pytest.mark.parametrize("name", adaptlr.__all__)
