@@ -28,7 +28,9 @@ class Model(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH))
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        hidden = self.layers(self.embedding(text[:, :-1]) + self.position, mask=self.mask)
+        hidden = self.layers(
+            self.embedding(text[:, :-1]) + self.position, self.mask, is_causal=True
+        )
         return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), text[:, 1:].flatten())
 
 

@@ -25,7 +25,7 @@ def scaled_run(make_model, data, case, dtype=torch.float16, micro_batches=1):
     """Train with GradScaler; some gradients overflow, some losses are NaN."""
     model = make_model(device="cuda")
     optimizer = make(case, model.parameters())
-    controller = AdaptiveLR(optimizer, total_steps=STEPS)
+    controller = AdaptiveLR(optimizer, total_steps=2 * STEPS)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1000)
     kept = []
     for step in range(STEPS):
@@ -68,7 +68,7 @@ def test_an_overflow_is_skipped_and_counted_once(case, make_model, data, micro_b
 @pytest.mark.parametrize("case", ["SGD", "AdamW", "RMSprop"])
 def test_bfloat16_needs_no_scaler(case, make_model, data):
     model = make_model(device="cuda")
-    controller = AdaptiveLR(make(case, model.parameters()), total_steps=STEPS)
+    controller = AdaptiveLR(make(case, model.parameters()), total_steps=2 * STEPS)
     for step in range(STEPS):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = loss_of(model, data[step]).bfloat16()
