@@ -13,6 +13,7 @@ import torch
 
 from adaptlr import _extension
 from adaptlr.checkpoint import KEY, Checkpoint, pack, unpack
+from adaptlr.compiled import hook_of
 from adaptlr.config import ResolvedConfig
 from adaptlr.errors import TrainingDiverged
 from adaptlr.hooks import replace_closure
@@ -67,7 +68,7 @@ class Attachment:
         path.step_slowly, path.answer = self.before_step, self._answer
         if not isinstance(path, HostPath):
             path.poll = self.poll
-        return path.before_step
+        return hook_of(path)
 
     # -- steps ----------------------------------------------------------------
 

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 import torch
+from torch.compiler import is_dynamo_compiling
 
+from adaptlr import compiled
 from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable
 from adaptlr.attachment import FAILED, Attachment
 from adaptlr.checkpoint import KEY
@@ -122,6 +124,7 @@ class AdaptiveLR:
         self._path = choose_path(self._optimizer, config, history_size, device_path)
         self._attachment = Attachment(self._optimizer, config, self._path)
         self._hooks = Hooks(self._optimizer, self._attachment)
+        self._handle = compiled.register(self)
         _attached.add(self._optimizer)
 
     # -- the loop -------------------------------------------------------------
@@ -152,6 +155,8 @@ class AdaptiveLR:
             ValueError: if ``loss`` has several elements or is on another device.
             TrainingDiverged: if the guard has ended the run.
         """
+        if is_dynamo_compiling():
+            return compiled.observe(self._handle, loss, grad_norm, reduction)
         path = self._path
         if path.mean is not (reduction == "mean"):
             self._change_reduction(reduction)
