@@ -100,6 +100,7 @@ class _Loop:
     mean: bool
     cleared: bool
     observes_first: bool
+    accumulates: bool
     plain: bool
     suspended: bool
 
@@ -131,8 +132,6 @@ class DeviceLoop(_Loop):
     grad_norm: torch.Tensor | float | None
     launched: int
     dtype: int
-    defers: bool
-    accumulates: bool
     flagged: bool
     zeroes: bool
 

@@ -108,7 +108,8 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
             self.drop()
         if self.count == 0:
             self._rebind()
-        if self.count == 0 and (self.defers or self.is_capturing()):
+        defers = self.last_count > 0 and not self.accumulates
+        if self.count == 0 and (defers or self.is_capturing()):
             self.first, self.dtype = loss, code
         else:
             self.core.fold(self._stream(self._index), loss.data_ptr(), code)
@@ -117,12 +118,6 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured on the current stream."""
         return torch.cuda.is_current_stream_capturing()
-
-    def taken(self) -> None:
-        """Note that a step has used the waiting losses."""
-        super().taken()
-        self.accumulates |= self.last_count > 1
-        self.defers = not self.accumulates
 
     def _check(self, loss: object) -> int:
         """Return the code of the loss's dtype; explain what cannot be taken."""

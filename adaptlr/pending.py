@@ -23,6 +23,7 @@ class Pending:
         unobserved: Optimizer steps in a row that came without a loss.
         unheeded: Notices that the host has not been told of yet.
         cleared: Whether zero_grad was called after the first waiting loss.
+        accumulates: Whether some step used several losses.
         suspended: Whether losses are ignored and every step is skipped.
         observes_first: Whether this loop calls zero_grad between observe and backward.
     """
@@ -41,11 +42,13 @@ class Pending:
         self.unheeded = 0
         self.cleared = False
         self.observes_first = False
+        self.accumulates = False
         self.suspended = False
 
     def taken(self) -> None:
         """Note that a step has used the waiting losses."""
         self.last_count = self.count
+        self.accumulates |= self.count > 1
         self.count = self.unobserved = 0
         self.observes_first |= self.cleared
         self.cleared = False

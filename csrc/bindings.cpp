@@ -147,11 +147,10 @@ Dtype dtype_of(int code) {
   return static_cast<Dtype>(code);
 }
 
+// Addresses and streams come as integers: the extension knows nothing of torch.
 Scalar scalar_of(std::uintptr_t address, int dtype) {
   return Scalar{reinterpret_cast<const void*>(address), dtype_of(dtype), 0};
 }
-
-// Addresses and streams come as integers: the extension knows nothing of torch.
 driver::Stream stream_of(std::uintptr_t stream) { return reinterpret_cast<driver::Stream>(stream); }
 
 StepParams step_params(std::uintptr_t loss, int loss_dtype, bool mean, std::uintptr_t grad_norm,

@@ -23,8 +23,6 @@ struct DeviceLoop {
   long device;
   long long launched; // control steps
   int dtype;          // of `first`
-  char defers;        // every step so far had one loss: it can wait at its address
-  char accumulates;   // some step had several
   char flagged;       // the optimizer reads the skip flag
   char zeroes;        // it does not: gradients are zeroed instead
   Waiting waiting;
@@ -34,14 +32,6 @@ DeviceLoop& loop_of(PyObject* self) { return *reinterpret_cast<DeviceLoop*>(self
 
 /// Python puts None where it empties a member.
 bool is_empty(const PyObject* member) { return member == nullptr || member == Py_None; }
-
-/// Calls a method without arguments that returns an integer; -1 for anything else.
-long long call_for_integer(PyObject* object, PyObject* name) {
-  const Owned result = owned(PyObject_CallMethodNoArgs(object, name));
-  const long long value = result ? PyLong_AsLongLong(result.ptr()) : -1;
-  PyErr_Clear();
-  return value;
-}
 
 /// The code of the dtype; -1 for one that kernels do not read, and for what is no tensor.
 int dtype_of(const DeviceLoop& loop, PyObject* loss) {
@@ -69,9 +59,12 @@ bool is_bound(const DeviceLoop& loop) {
   return true;
 }
 
+/// Whether every step so far had one loss, so that the next one can wait at its address.
+bool defers(const Waiting& waiting) { return waiting.last_count > 0 && !waiting.accumulates; }
+
 bool is_usual(const DeviceLoop& loop) {
   const Waiting& waiting = loop.waiting;
-  return waiting.count == 0 && waiting.plain && loop.defers &&
+  return waiting.count == 0 && waiting.plain && defers(waiting) &&
          !(loop.controller->flight_record().notices() & waiting.unheeded);
 }
 
@@ -126,8 +119,6 @@ int64_t launch(DeviceLoop& loop) {
   Py_CLEAR(loop.first);
   ++loop.launched;
   loop.waiting.taken();
-  loop.accumulates |= loop.waiting.last_count > 1;
-  loop.defers = !loop.accumulates;
   return notices;
 }
 
@@ -247,8 +238,6 @@ PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(DeviceLoop, core), READO
                          {"grad_norm", T_OBJECT, offsetof(DeviceLoop, grad_norm), 0, nullptr},
                          {"launched", T_LONGLONG, offsetof(DeviceLoop, launched), 0, nullptr},
                          {"dtype", T_INT, offsetof(DeviceLoop, dtype), 0, nullptr},
-                         {"defers", T_BOOL, offsetof(DeviceLoop, defers), 0, nullptr},
-                         {"accumulates", T_BOOL, offsetof(DeviceLoop, accumulates), 0, nullptr},
                          {"flagged", T_BOOL, offsetof(DeviceLoop, flagged), 0, nullptr},
                          {"zeroes", T_BOOL, offsetof(DeviceLoop, zeroes), 0, nullptr},
                          ADAPTLR_WAITING_MEMBERS(offsetof(DeviceLoop, waiting)),

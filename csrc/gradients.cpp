@@ -3,20 +3,13 @@
 namespace adaptlr {
 namespace {
 
-long long integer_of(const Owned& value) {
-  const long long integer = value ? PyLong_AsLongLong(value.ptr()) : -1;
-  PyErr_Clear();
-  return integer;
-}
-
 /// The memory of a tensor, asked for through Python; empty where it is not in one piece.
 Range asked_range(PyObject* tensor) {
   const Owned whole = owned(PyObject_CallMethodNoArgs(tensor, ADAPTLR_NAME("is_contiguous")));
   PyErr_Clear(); // a sparse one has no such thing
   if (whole.ptr() != Py_True)
     return Range{};
-  const long long address =
-      integer_of(owned(PyObject_CallMethodNoArgs(tensor, ADAPTLR_NAME("data_ptr"))));
+  const long long address = call_for_integer(tensor, ADAPTLR_NAME("data_ptr"));
   const long long bytes = integer_of(owned(PyObject_GetAttr(tensor, ADAPTLR_NAME("nbytes"))));
   return Range{reinterpret_cast<unsigned char*>(address), bytes};
 }

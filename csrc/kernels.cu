@@ -195,9 +195,8 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const Configur
   }
   block.cursor.notices = 0; // they were about what has just been replaced
   const double multiplier = block.state.factor * schedule(block.config, block.state.step);
-  for (unsigned lane = 0; lane < kLanes; ++lane) {
+  for (unsigned lane = 0; lane < kLanes; ++lane)
     write_lrs(peaks_of(block.config, lane), multiplier, block, lane);
-  }
   block.skip = 0.0f;
 }
 

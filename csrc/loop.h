@@ -27,11 +27,13 @@ struct Waiting {
   char mean;            // the loss of a step is the mean of the waiting ones; else their sum
   char cleared;         // zero_grad was called while a loss waited
   char observes_first;  // this training loop calls zero_grad between observe and backward
+  char accumulates;     // some step used several losses
   char plain;           // nothing about this optimizer needs Python in every step
   char suspended;       // losses are not observed, and every step is skipped
 
   void taken() {
     last_count = count;
+    accumulates |= count > 1;
     count = unobserved = 0;
     observes_first |= cleared;
     cleared = 0;
@@ -46,6 +48,7 @@ struct Waiting {
       {"mean", T_BOOL, (offset) + offsetof(Waiting, mean), 0, nullptr},                            \
       {"cleared", T_BOOL, (offset) + offsetof(Waiting, cleared), 0, nullptr},                      \
       {"observes_first", T_BOOL, (offset) + offsetof(Waiting, observes_first), 0, nullptr},        \
+      {"accumulates", T_BOOL, (offset) + offsetof(Waiting, accumulates), 0, nullptr},              \
       {"plain", T_BOOL, (offset) + offsetof(Waiting, plain), 0, nullptr}, {                        \
     "suspended", T_BOOL, (offset) + offsetof(Waiting, suspended), 0, nullptr                       \
   }
@@ -63,6 +66,18 @@ inline Owned owned(PyObject* reference) {
     static PyObject* const interned = PyUnicode_InternFromString(name);                            \
     return interned;                                                                               \
   }())
+
+/// The integer that a call or an attribute gave; -1 for anything else, and for a Python error.
+inline long long integer_of(const Owned& value) {
+  const long long integer = value ? PyLong_AsLongLong(value.ptr()) : -1;
+  PyErr_Clear();
+  return integer;
+}
+
+/// Calls a method without arguments that returns an integer.
+inline long long call_for_integer(PyObject* object, PyObject* name) {
+  return integer_of(owned(PyObject_CallMethodNoArgs(object, name)));
+}
 
 /// Whether `before_step` was called as optimizer.step() calls it, and without a closure.
 inline bool is_plain_call(PyObject* const* arguments) {
