@@ -38,9 +38,34 @@ def batches() -> list[torch.Tensor]:
     return [torch.randn(16, 6, generator=generator) for _ in range(64)]
 
 
+@pytest.fixture
+def data(batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the batches on the current CUDA device."""
+    return [batch.cuda() for batch in batches]
+
+
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Mean squared error against a fixed function of the inputs."""
     return (model(batch)[:, 0] - batch[:, 0] * batch[:, 1]).pow(2).mean()
+
+
+def train(controller: Any, model: torch.nn.Module, batches: list[Any], poison: Any = ()) -> None:
+    """Run a plain loop under a controller; the losses of the poisoned steps are NaN."""
+    for step, batch in enumerate(batches):
+        loss = loss_of(model, batch) * (float("nan") if step in poison else 1.0)
+        loss.backward()
+        controller.step(loss)
+        controller.zero_grad()
+
+
+def train_bare(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, batches: list[Any]
+) -> None:
+    """Run a plain loop without adaptlr."""
+    for batch in batches:
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def skips(controller: Any) -> int:

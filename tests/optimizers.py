@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from adaptlr.device_flags import CAPTURABLE, FUSED, why_not_by_flags
-
-Maker = Callable[[Any], torch.optim.Optimizer]
 
 # As few arguments as show every branch: moments and weight decay where there are any.
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -16,11 +16,6 @@ CASES = ("SGD", "AdamW", "AdamW foreach=True", "RMSprop", "Adagrad")
 STEPS, OVERFLOWS, BAD_LOSSES = 30, (8, 9, 20), (15,)
 
 
-@pytest.fixture
-def data(batches):
-    return [batch.cuda() for batch in batches]
-
-
 def scaled_run(make_model, data, case, dtype=torch.float16, micro_batches=1):
     """Train with GradScaler; some gradients overflow, some losses are NaN."""
     model = make_model(device="cuda")

@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -24,11 +25,6 @@ from adaptlr import AdaptiveLR, Guard, _extension
 pytestmark = pytest.mark.cuda
 STEPS = 40
 KERNEL_RTOL = 1e-9  # the device's cos, sin and exp differ from libm's in the last bits
-
-
-@pytest.fixture
-def data(batches):
-    return [batch.cuda() for batch in batches]
 
 
 def image() -> bytes:
@@ -496,20 +492,10 @@ def test_detach_gives_floats_and_the_user_s_flags_back(make_model, data):
 def test_an_optimizer_with_state_is_switched_without_losing_it(make_model, data):
     controlled, bare = make_model(device="cuda"), make_model(device="cuda")
     first, second = FUSED["AdamW"](controlled.parameters()), FUSED["AdamW"](bare.parameters())
-    for model, optimizer in ((controlled, first), (bare, second)):
-        for batch in data[:5]:
-            loss_of(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    conftest.train_bare(first, controlled, data[:5])
     controller = AdaptiveLR(first, total_steps=10, warmup=0, decay="constant")
-    for batch in data[5:15]:
-        loss = loss_of(controlled, batch)
-        loss.backward()
-        controller.step(loss)
-        first.zero_grad()
-        loss_of(bare, batch).backward()
-        second.step()
-        second.zero_grad()
+    conftest.train(controller, controlled, data[5:15])
+    conftest.train_bare(second, bare, data[:15])
     for ours, theirs in zip(parameters_of(controlled), parameters_of(bare), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

@@ -7,26 +7,13 @@ import threading
 
 import pytest
 import torch
-from conftest import loss_of, parameters_of, same, skips
+from conftest import loss_of, parameters_of, same, skips, train
 
 from adaptlr import AdaptiveLR
 
 pytestmark = pytest.mark.cuda
 NAN = float("nan")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-@pytest.fixture
-def data(batches):
-    return [batch.cuda() for batch in batches]
-
-
-def train(model, controller, batches, poison=()):
-    for step, batch in enumerate(batches):
-        loss = loss_of(model, batch) * (NAN if step in poison else 1.0)
-        loss.backward()
-        controller.step(loss)
-        controller.zero_grad()
 
 
 def controlled(make_model, device="cuda", optimizer=torch.optim.AdamW, **options):
@@ -38,12 +25,12 @@ def controlled(make_model, device="cuda", optimizer=torch.optim.AdamW, **options
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop])
 def test_any_stream_will_do(make_model, data, optimizer):
     usual, first = controlled(make_model, optimizer=optimizer)
-    train(usual, first, data[:20], poison=(5,))
+    train(first, usual, data[:20], poison=(5,))
     other, second = controlled(make_model, optimizer=optimizer)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        train(other, second, data[:20], poison=(5,))
+        train(second, other, data[:20], poison=(5,))
     torch.cuda.synchronize()
     assert same(parameters_of(usual), parameters_of(other))
     assert first.history()["lr"].tolist() == second.history()["lr"].tolist()
@@ -55,10 +42,10 @@ def test_two_controllers_do_not_meet(make_model, data):
     critic, second = controlled(make_model, optimizer=torch.optim.RMSprop)
     alone, third = controlled(make_model)
     for step, batch in enumerate(data[:20]):
-        train(generator, first, [batch])
+        train(first, generator, [batch])
         if step % 2:
-            train(critic, second, [batch], poison=(0,) if step == 5 else ())
-        train(alone, third, [batch])
+            train(second, critic, [batch], poison=(0,) if step == 5 else ())
+        train(third, alone, [batch])
     torch.cuda.synchronize()
     assert len(first.history()) == 20
     assert len(second.history()) == 10
@@ -100,7 +87,7 @@ def test_batches_may_come_from_other_threads(make_model, batches):
     thread = threading.Thread(target=load)
     thread.start()
     for _ in range(20):
-        train(model, controller, [ready.get()])
+        train(controller, model, [ready.get()])
     thread.join()
     torch.cuda.synchronize()
     assert len(controller.history()) == 20
@@ -112,8 +99,8 @@ def test_a_controller_works_on_a_device_that_is_not_current(make_model, data, op
     usual, first = controlled(make_model, "cuda:0", optimizer)
     other, second = controlled(make_model, "cuda:1", optimizer)
     assert torch.cuda.current_device() == 0
-    train(usual, first, data[:20], poison=(5,))
-    train(other, second, [batch.to("cuda:1") for batch in data[:20]], poison=(5,))
+    train(first, usual, data[:20], poison=(5,))
+    train(second, other, [batch.to("cuda:1") for batch in data[:20]], poison=(5,))
     assert torch.cuda.current_device() == 0
     for device in (0, 1):
         torch.cuda.synchronize(device)
@@ -142,13 +129,13 @@ def test_parameters_may_lie_on_two_devices(make_model, data, optimizer, path):
     model = Split(make_model())
     controller = AdaptiveLR(optimizer(model.parameters(), lr=0.01), total_steps=40)
     assert repr(path) in repr(controller)
-    train(model, controller, data[:10])
+    train(controller, model, data[:10])
     kept = parameters_of(model)
     loss = loss_of(model, data[0]) * NAN
     loss.backward()
     controller.step(loss)
     controller.zero_grad()
-    train(model, controller, data[11:20])
+    train(controller, model, data[11:20])
     for device in (0, 1):
         torch.cuda.synchronize(device)
     assert skips(controller) == 1

@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import loss_of, parameters_of, same, skips
+from conftest import loss_of, parameters_of, same, skips, train
 from optimizers import CASES, DEVICE_CONTROLLED, expected_path, make
 
 from adaptlr import AdaptiveLR, Guard, TrainingDiverged
 
 NAN = float("nan")
 ON_DEVICE = [case for case in CASES if expected_path(case) in DEVICE_CONTROLLED]
-
-
-@pytest.fixture
-def data(batches):
-    return [batch.cuda() for batch in batches]
 
 
 def warm_up(controller, iterate, times=3):
@@ -58,14 +53,6 @@ class WholeStep:
         self.graph.replay()
 
 
-def eager(model, controller, data, steps, poison=()):
-    for step in range(steps):
-        loss = loss_of(model, data[step % len(data)]) * (NAN if step in poison else 1.0)
-        loss.backward()
-        controller.step(loss)
-        controller.zero_grad()
-
-
 # -- suspended ---------------------------------------------------------------------------------
 
 
@@ -73,14 +60,14 @@ def eager(model, controller, data, steps, poison=()):
 def test_suspended_steps_leave_no_trace_on_the_cpu(name, make_model, batches):
     model = make_model()
     controller = AdaptiveLR(getattr(torch.optim, name)(model.parameters()), total_steps=20)
-    eager(model, controller, batches, 3)
+    train(controller, model, batches[:3])
     kept = parameters_of(model)
     with controller.suspended():
         for _ in range(3):
-            eager(model, controller, batches, 2)
+            train(controller, model, batches[:2])
     assert same(parameters_of(model), kept)
     assert controller.status().step == 3
-    eager(model, controller, batches, 1)
+    train(controller, model, batches[:1])
     assert controller.status().step == 4
     assert not same(parameters_of(model), kept)
 
@@ -90,7 +77,7 @@ def test_suspension_ends_with_its_context_also_by_an_error(make_model, batches):
     controller = AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=20)
     with pytest.raises(KeyError), controller.suspended():
         raise KeyError
-    eager(model, controller, batches, 1)
+    train(controller, model, batches[:1])
     assert controller.status().step == 1
 
 
@@ -103,15 +90,15 @@ def test_suspended_steps_leave_no_trace_on_the_device(case, make_model, data):
     controller = AdaptiveLR(make(case, model.parameters()), total_steps=20)
     kept = parameters_of(model)
     with controller.suspended():
-        eager(model, controller, data, 3)
+        train(controller, model, data[:3])
     assert same(parameters_of(model), kept)
-    eager(model, controller, data, 5)
+    train(controller, model, data[:5])
     torch.cuda.synchronize()
     assert controller.status().step == 5
     assert skips(controller) == 0
     other = make_model(device="cuda")
     fresh = AdaptiveLR(make(case, other.parameters()), total_steps=20)
-    eager(other, fresh, data, 5)
+    train(fresh, other, data[:5])
     torch.cuda.synchronize()
     assert controller.history()["lr"].tolist() == fresh.history()["lr"].tolist()
     if expected_path(case) == "fused":
@@ -135,8 +122,8 @@ def test_a_captured_training_step_replays_as_the_eager_loop_runs(case, make_mode
     reference = make(case, bare.parameters())
     reference_controller = AdaptiveLR(reference, total_steps=steps)
     with reference_controller.suspended():  # as in the warm-up: step counts may have gone on
-        eager(bare, reference_controller, data, 3)
-    eager(bare, reference_controller, data, steps, poison)
+        train(reference_controller, bare, data[:3])
+    train(reference_controller, bare, data[:steps], poison)
     torch.cuda.synchronize()
     ours, theirs = controller.history(), reference_controller.history()
     assert len(ours) == steps
@@ -275,7 +262,7 @@ def test_an_optimizer_that_takes_numbers_is_refused_in_a_capture(make_model, dat
     model = make_model(device="cuda")
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
     controller = AdaptiveLR(optimizer, total_steps=10)
-    eager(model, controller, data, 1)
+    train(controller, model, data[:1])
     loss = torch.ones((), device="cuda")
     torch.cuda.synchronize()
     message = "Adagrad takes lr as a number, which a CUDA graph would freeze"
@@ -345,10 +332,10 @@ def test_losses_of_a_compiled_model_are_averaged_from_the_first_step_on(make_mod
 def test_one_loss_a_step_costs_one_launch_from_the_second_step_on(make_model, data):
     model = make_model(device="cuda")
     controller = AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.01), total_steps=20)
-    eager(model, controller, data, 2)
+    train(controller, model, data[:2])
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        eager(model, controller, data, 3)
+        train(controller, model, data[:3])
         torch.cuda.synchronize()
     names = [event.name for event in profiler.events() if event.name.startswith("adaptlr")]
     assert names == ["adaptlr_control_step"] * 3

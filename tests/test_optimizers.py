@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import loss_of, parameters_of, same, skips
+from conftest import loss_of, parameters_of, same, skips, train, train_bare
 from optimizers import CASES, DEVICE_CONTROLLED, REFUSED, exists, expected_path, make, table
 
 import adaptlr
@@ -97,20 +97,6 @@ def test_muon_is_steered(batches):
 # -- on the device ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def data(batches):
-    return [batch.cuda() for batch in batches]
-
-
-def run(model, controller, optimizer, data, steps, poison=()):
-    for step in range(steps):
-        loss = loss_of(model, data[step % len(data)])
-        loss = loss * NAN if step in poison else loss
-        loss.backward()
-        controller.step(loss)
-        controller.zero_grad()
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", PLAIN)
 def test_the_path_is_that_of_the_table(case, make_model):
@@ -190,24 +176,14 @@ def test_switching_in_the_middle_of_a_run_keeps_the_state_and_detach_gives_it_ba
     first, second = make(case, controlled.parameters()), make(case, bare.parameters())
     flags = {key: first.param_groups[0].get(key) for key in ("fused", "foreach", "capturable")}
 
-    def plain(model, optimizer, batches):
-        for batch in batches:
-            loss_of(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    plain(controlled, first, data[:5])
-    plain(bare, second, data[:30])
+    train_bare(first, controlled, data[:5])
+    train_bare(second, bare, data[:30])
     controller = AdaptiveLR(first, total_steps=20, warmup=0, decay="constant")
-    for batch in data[5:25]:
-        loss = loss_of(controlled, batch)
-        loss.backward()
-        controller.step(loss)
-        controller.zero_grad()
+    train(controller, controlled, data[5:25])
     controller.detach()
     assert {key: first.param_groups[0].get(key) for key in flags} == flags
     assert type(first.param_groups[0]["lr"]) is float
-    plain(controlled, first, data[25:30])
+    train_bare(first, controlled, data[25:30])
     for ours, theirs in zip(parameters_of(controlled), parameters_of(bare), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(first.state.values(), second.state.values(), strict=True):
@@ -225,15 +201,15 @@ def test_resuming_on_the_capturable_path_equals_never_having_stopped(case, make_
         return model, optimizer, AdaptiveLR(optimizer, total_steps=20)
 
     model, optimizer, controller = fresh()
-    run(model, controller, optimizer, data, 10)
+    train(controller, model, data[:10])
     saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     assert type(saved["optimizer"]["param_groups"][0]["lr"]) is float
     assert not saved["optimizer"]["param_groups"][0].get("capturable")
-    run(model, controller, optimizer, data[10:], 10)
+    train(controller, model, data[10:20])
     other, other_optimizer, other_controller = fresh()
     other.load_state_dict(saved["model"])
     other_optimizer.load_state_dict(saved["optimizer"])
-    run(other, other_controller, other_optimizer, data[10:], 10)
+    train(other_controller, other, data[10:20])
     assert same(parameters_of(model), parameters_of(other))
 
 
@@ -242,7 +218,7 @@ def test_the_capturable_path_can_be_asked_for(make_model, data):
     model = make_model(device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     controller = AdaptiveLR(optimizer, total_steps=10, device_path="capturable")
-    run(model, controller, optimizer, data, 5)
+    train(controller, model, data[:5])
     assert optimizer.param_groups[0]["capturable"]
     assert not optimizer.param_groups[0]["fused"]
     sgd = torch.optim.SGD(make_model(device="cuda").parameters())
@@ -281,7 +257,7 @@ def test_an_optimizer_from_elsewhere_takes_late_float(make_model, data):
     controlled, bare = make_model(device="cuda"), make_model(device="cuda")
     optimizer = lion(controlled.parameters(), lr=1e-3)
     controller = adaptlr.AdaptiveLR(optimizer, total_steps=30)
-    run(controlled, controller, optimizer, data, 30)
+    train(controller, controlled, data[:30])
     torch.cuda.synchronize()
     reference = lion(bare.parameters(), lr=1e-3)
     for batch, lr in zip(data, controller.history()["lr"].tolist(), strict=False):
