@@ -315,6 +315,7 @@ def default_config(total_steps: int, peak: float, **overrides: Any) -> Config:
         hold_steps=round(min(max(0.05 * length, 20), 500)),
         regrow_growth=2 ** (1 / max(50, 0.1 * length)),
         max_consecutive_skips=8,
+        snapshot_slots=0,
         peak=peak,
         peaks=(peak,),
         group_count=1,

@@ -62,6 +62,7 @@ class Config:
     hold_steps: float
     regrow_growth: float
     max_consecutive_skips: float
+    snapshot_slots: float
     peak: float
     peaks: tuple[float, ...]
     group_count: int

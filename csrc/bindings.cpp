@@ -121,8 +121,8 @@ void define_layouts(py::module_& module) {
                         ADAPTLR_FIELDS(Config, total_steps, warmup_steps, min_lr_ratio, decay_share,
                                        cycles, timescale, final_multiplier, backoff_factor,
                                        rewarm_steps, hold_steps, regrow_growth,
-                                       max_consecutive_skips, peak, peaks, group_count, decay,
-                                       guard_mode, table));
+                                       max_consecutive_skips, snapshot_slots, peak, peaks,
+                                       group_count, decay, guard_mode, table));
   define_layout<State>(
       module, "state_dtype",
       ADAPTLR_FIELDS(State, step, lr, samples, observed, level, variance, mean_age, age_variance,

@@ -70,7 +70,8 @@ ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, int32_t flags, do
 /// skips every step.
 ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Signals& signals,
                                                  State& state, Record& record) {
-  Decision decision{0.0, Action::kSkip, outer_flags(config, signals, state), false};
+  Decision decision{0.0,     Action::kSkip, outer_flags(config, signals, state),
+                    kNoSlot, kNoSlot,       false};
   const bool failed = is_in(Phase::kFailed, state);
   const double previous_phase = state.phase;
   double scale;

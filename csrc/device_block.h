@@ -40,17 +40,17 @@ struct alignas(16) DeviceBlock {
   RingCursor cursor;
   Ring ring;
   Config config;
-  int64_t reserved;
   float lr[kMaxGroups];      // what the optimizer's kernels read
   float written[kMaxGroups]; // what the last control step wrote there; differs: another writer
-  float skip; // 1: the coming update is skipped (found_inf of fused optimizers); or 0
+  float skip;            // 1: the coming update is skipped (found_inf of fused optimizers); or 0
+  int32_t save, restore; // as in the last Decision
 };
 
 constexpr unsigned kVectorBytes = 16; // of the widest access of a lane
 constexpr unsigned kLanes = 32;
 // Spelt out because NVRTC has no offsetof; bindings.cpp checks them.
 constexpr unsigned kChangedBytes = sizeof(State) + sizeof(PendingLosses) + sizeof(RingCursor);
-constexpr unsigned kStagedBytes = kChangedBytes + sizeof(Ring) + sizeof(Config) + sizeof(int64_t);
+constexpr unsigned kStagedBytes = kChangedBytes + sizeof(Ring) + sizeof(Config);
 static_assert(kChangedBytes % kVectorBytes == 0 && kChangedBytes <= kLanes * kVectorBytes,
               "one access of the warp stores what a step changes");
 constexpr unsigned kLoads = 3; // of the warp; the last reaches into lr and written

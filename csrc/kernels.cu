@@ -59,8 +59,8 @@ __device__ void claim(const Ring& ring, bool event, RingCursor& cursor, Outcome&
 }
 
 /// The work of lane 0. The copies of state and record live in registers.
-__device__ Action advance(const StepParams& params, const double* inputs, bool overwritten,
-                          DeviceBlock& staged, Outcome& outcome) {
+__device__ Decision advance(const StepParams& params, const double* inputs, bool overwritten,
+                            DeviceBlock& staged, Outcome& outcome) {
   const bool has_norm = params.inputs[kGradNorm].address != nullptr;
   const double norm = has_norm ? inputs[kGradNorm] : params.grad_norm;
   const Signals signals{take_loss(params, inputs[kLoss], staged.pending), norm, params.applied_lr,
@@ -74,7 +74,7 @@ __device__ Action advance(const StepParams& params, const double* inputs, bool o
   const bool zero = params.zero_lr && decision.action == Action::kSkip;
   outcome.multiplier = zero ? 0.0 : decision.multiplier;
   claim(staged.ring, decision.event, staged.cursor, outcome);
-  return decision.action;
+  return decision;
 }
 
 __device__ uint64_t join(unsigned low, unsigned high) {
@@ -154,8 +154,10 @@ extern "C" __global__ void __launch_bounds__(kLanes)
 
   const double2 peaks = peaks_of(staged.config, lane);
   if (lane == 0) {
-    const Action action = advance(params, inputs, overwritten, staged, outcome);
-    block.skip = action == Action::kSkip ? 1.0f : 0.0f;
+    const Decision decision = advance(params, inputs, overwritten, staged, outcome);
+    block.skip = decision.action == Action::kSkip ? 1.0f : 0.0f;
+    block.save = decision.save;
+    block.restore = decision.restore;
   }
   __syncwarp();
 
@@ -198,6 +200,7 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const Configur
   for (unsigned lane = 0; lane < kLanes; ++lane)
     write_lrs(peaks_of(block.config, lane), multiplier, block, lane);
   block.skip = 0.0f;
+  block.save = block.restore = kNoSlot;
 }
 
 /// Zeroes ranges of memory if the coming update is to be skipped: for optimizers that do not read

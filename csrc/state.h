@@ -24,6 +24,11 @@ namespace adaptlr {
 
 constexpr int kMaxGroups = 64;
 
+/// Places for snapshots of parameters and optimizer state. `kStart` is kept for the run; the two
+/// others take turns.
+enum Slot : int32_t { kNoSlot, kStart, kFirst, kSecond };
+constexpr int kSlots = 3;
+
 enum class Decay : int64_t {
   kCosine,
   kLinear,
@@ -63,6 +68,7 @@ struct Config {
   double hold_steps;            // steps; >= 1
   double regrow_growth;         // of the factor, a step; > 1
   double max_consecutive_skips; // non-finite steps in a row that are survived
+  double snapshot_slots;        // 0: none, 1: kStart only, 3
   double peak;                  // the largest of peaks; lr
   double peaks[kMaxGroups];     // peak lr of every group
   int64_t group_count;          // of peaks in use
@@ -133,7 +139,9 @@ struct Decision {
   double multiplier; // lr of group g = peaks[g] x multiplier
   Action action;
   int32_t flags;
-  bool event; // something was done, or would have been: the record belongs among the events
+  int32_t save;    // the Slot that is filled after the update of this step
+  int32_t restore; // the Slot that is put back after the update of this step, which is skipped
+  bool event;      // something was done, or would have been: the record belongs among the events
 };
 
 /// One line of the flight record. 128 bytes: a whole number of cache lines.
