@@ -59,8 +59,12 @@ class Guard:
             before the run is quiet again counts twice, a third three times.
         max_consecutive_skips: Non-finite steps in a row that are survived, at least 1; one more
             ends the run with `TrainingDiverged`.
-        rewarm_steps: Steps of linear re-warming after a cut; ``None``: 2 % of the run, between 10
-            and 200.
+        max_restarts: Rollbacks and experiments that a run may have, at least 1; one more alarm ends
+            it with `TrainingDiverged`.
+        sensitivity: Divides the thresholds of the collapse charts, in [0.5, 2]. Losses with strong
+            autocorrelation want less; docs/algorithm.md has the rates of false alarms.
+        rewarm_steps: Steps of linear re-warming after a cut or a restart; ``None``: half the
+            warm-up (or 5 % of the run, if longer), between 10 and 200.
         hold_steps: Quiet steps before the learning rate regrows; ``None``: 5 % of the run, between
             20 and 500.
 
@@ -71,6 +75,8 @@ class Guard:
     mode: Literal["act", "observe"] = "act"
     backoff_factor: float = 0.5
     max_consecutive_skips: int = 8
+    max_restarts: int = 8
+    sensitivity: float = 1.0
     rewarm_steps: int | None = None
     hold_steps: int | None = None
 
@@ -79,6 +85,8 @@ class Guard:
         require(self.mode in ("act", "observe"), "mode", "'act' or 'observe'", self.mode)
         require(0.0 < self.backoff_factor < 1.0, "backoff_factor", "in (0, 1)", self.backoff_factor)
         _require_count("max_consecutive_skips", self.max_consecutive_skips, 1)
+        _require_count("max_restarts", self.max_restarts, 1)
+        require(0.5 <= self.sensitivity <= 2.0, "sensitivity", "in [0.5, 2]", self.sensitivity)
         for name in ("rewarm_steps", "hold_steps"):
             value = getattr(self, name)
             if value is not None:
@@ -252,7 +260,7 @@ class ResolvedConfig:
         row["total_steps"] = total_steps or 0
         row["warmup_steps"] = warmup_steps
         self._fill_schedule(row, warmup_steps)
-        self._fill_guard(row, total_steps or 10_000)
+        self._fill_guard(row, total_steps or max(10 * warmup_steps, 1000))
         table = None
         if self._function is not None and total_steps is not None:
             table = _tabulate(self._function, total_steps)
@@ -271,7 +279,13 @@ class ResolvedConfig:
         guard = self._guard or Guard()
         row["guard_mode"] = GuardMode.OFF if self._guard is None else GuardMode[guard.mode.upper()]
         row["backoff_factor"] = guard.backoff_factor
-        row["rewarm_steps"] = guard.rewarm_steps or _clip(0.02 * total_steps, 10, 200)
+        chart_steps = max(float(row["warmup_steps"]), 0.1 * total_steps)
+        row["chart_steps"] = chart_steps
+        row["block_steps"] = math.ceil(chart_steps / 40) if chart_steps > 100 else 1
+        row["sensitivity"] = guard.sensitivity
+        row["max_restarts"] = guard.max_restarts
+        row["snapshot_steps"] = _clip(0.02 * total_steps, 32, 1000)
+        row["rewarm_steps"] = guard.rewarm_steps or _clip(0.5 * chart_steps, 10, 200)
         row["hold_steps"] = guard.hold_steps or _clip(0.05 * total_steps, 20, 500)
         row["regrow_growth"] = 2.0 ** (1.0 / max(50.0, 0.1 * total_steps))
         row["max_consecutive_skips"] = guard.max_consecutive_skips

@@ -35,10 +35,16 @@ template <typename T> py::dtype& layout() {
 }
 
 struct Field {
-  const char* name;
+  std::string name;
   std::string format;
   std::size_t offset;
 };
+
+template <typename T, typename Member, typename Base> std::size_t offset_of(Member Base::* member) {
+  static const T probe{};
+  return static_cast<std::size_t>(reinterpret_cast<const char*>(&(probe.*member)) -
+                                  reinterpret_cast<const char*>(&probe));
+}
 
 template <typename T>
 void define_layout(py::module_& module, const char* name, const std::vector<Field>& fields) {
@@ -112,29 +118,51 @@ template <typename Controller> void define_flight_record(py::class_<Controller>&
           "dropped_events", [](const Controller& c) { return c.flight_record().dropped_events(); });
 }
 
+// Not offsetof, which is for types without a base.
 #define ADAPTLR_FIELD(T, name)                                                                     \
-  Field { #name, format_of<decltype(T::name)>(), offsetof(T, name) }
+  Field { #name, format_of<decltype(T::name)>(), offset_of<T>(&T::name) }
 #define ADAPTLR_FIELDS(T, ...) {PYBIND11_MAP_LIST(ADAPTLR_FIELD, T, __VA_ARGS__)}
+
+void define_state(py::module_& module) {
+  const std::vector<Field> progress = ADAPTLR_FIELDS(
+      Progress, count, first_loss, previous_loss, next_difference, difference_trend,
+      difference_residual, difference_agreement, variance_factor, noise, cleanest_noise, fast_level,
+      slow_level, log_lr, highest_level, lowest_level, lowest_slow_level, lowest_variance,
+      lowest_slow_variance, lowest_noise, lowest_log_lr, lowest_evidence, lowest_age);
+  std::vector<Field> fields = ADAPTLR_FIELDS(
+      State, samples, observed, level, variance, mean_age, age_variance, age_covariance,
+      sign_agreement, previous_score, mean_score, cusum, outlier_run, spike_threshold, best_level,
+      best_samples, start_level, max_loss, min_loss, slope, t_statistic, score, rise, norm_samples,
+      norm_level, norm_variance, norm_spike_threshold, block_sum, block_count);
+  const auto add_progress = [&](const std::string& name, std::size_t offset) {
+    for (const Field& field : progress)
+      fields.push_back({name + "." + field.name, field.format, offset + field.offset});
+  };
+  add_progress("fine", offset_of<State>(&State::fine));
+  add_progress("coarse", offset_of<State>(&State::coarse));
+  const std::vector<Field> rest =
+      ADAPTLR_FIELDS(State, step, lr, phase, phase_step, factor, cut_factor, ceiling, onset_lr,
+                     streak, last_alarm, consecutive_skips, consecutive_overflows, skips, cuts,
+                     restarts, origin_step, restarted, first_lr, ramp_lr, ramp_growth, ramp_start,
+                     ramp_limit, trial_factor, trial_level, trials, tested, soft_step, ramp_level,
+                     ramp_log_lr, probe_sum, aside_slot, good_slot, pending_slot, pending_step);
+  fields.insert(fields.end(), rest.begin(), rest.end());
+  define_layout<State>(module, "state_dtype", fields);
+}
 
 void define_layouts(py::module_& module) {
   define_layout<Config>(module, "config_dtype",
                         ADAPTLR_FIELDS(Config, total_steps, warmup_steps, min_lr_ratio, decay_share,
                                        cycles, timescale, final_multiplier, backoff_factor,
                                        rewarm_steps, hold_steps, regrow_growth,
-                                       max_consecutive_skips, snapshot_slots, peak, peaks,
-                                       group_count, decay, guard_mode, table));
-  define_layout<State>(
-      module, "state_dtype",
-      ADAPTLR_FIELDS(State, step, lr, samples, observed, level, variance, mean_age, age_variance,
-                     age_covariance, sign_agreement, previous_score, mean_score, cusum, outlier_run,
-                     spike_threshold, best_level, best_samples, start_level, max_loss, min_loss,
-                     slope, t_statistic, score, rise, norm_samples, norm_level, norm_variance,
-                     norm_spike_threshold, phase, phase_step, factor, cut_factor, ceiling, onset_lr,
-                     streak, last_alarm, consecutive_skips, consecutive_overflows, skips, cuts));
+                                       max_consecutive_skips, snapshot_slots, snapshot_steps,
+                                       chart_steps, block_steps, sensitivity, max_restarts, peak,
+                                       peaks, group_count, decay, guard_mode, table));
+  define_state(module);
   define_layout<Record>(module, "record_dtype",
                         ADAPTLR_FIELDS(Record, sequence, step, loss, level, scale, slope,
                                        t_statistic, score, cusum, rise, grad_norm, lr, factor,
-                                       previous_factor, phase, previous_phase, flags, action,
+                                       target_factor, phase, previous_phase, flags, action,
                                        checksum));
   module.attr("MAX_GROUPS") = kMaxGroups;
   module.attr("FAILED_NOTICE") = kFailedNotice;
@@ -259,14 +287,19 @@ void define_device_controller(py::module_& module) {
   define_flight_record(device);
 }
 
-static_assert(kChangedBytes == offsetof(DeviceBlock, ring), "what a step changes comes first");
-static_assert(kStagedBytes == offsetof(DeviceBlock, lr), "then what it only reads");
+/// The order that the control step's wide accesses rely on.
+void check_block() {
+  if (offset_of<DeviceBlock>(&DeviceBlock::ring) != kChangedBytes ||
+      offset_of<DeviceBlock>(&DeviceBlock::lr) != kStagedBytes)
+    throw std::logic_error("DeviceBlock must hold what a step changes, then what it only reads");
+}
 
 void define_kernels(py::module_& module) {
+  check_block();
   module.attr("BLOCK_BYTES") = sizeof(DeviceBlock);
-  module.attr("STATE_OFFSET") = offsetof(DeviceBlock, state);
-  module.attr("LR_OFFSET") = offsetof(DeviceBlock, lr);
-  module.attr("SKIP_OFFSET") = offsetof(DeviceBlock, skip);
+  module.attr("STATE_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::state);
+  module.attr("LR_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::lr);
+  module.attr("SKIP_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::skip);
   module.attr("OVERWRITTEN") = static_cast<int>(kOverwritten);
   module.attr("MAX_LAG") = DeviceController::kMaxLag;
   module.attr("FLOAT32") = static_cast<int>(Dtype::kFloat32);

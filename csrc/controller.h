@@ -51,8 +51,19 @@ ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measure
   record.cusum = state.cusum;
   record.rise = state.rise;
   record.grad_norm = signals.grad_norm < 0.0 ? nan("") : signals.grad_norm;
-  record.previous_factor = state.factor;
   record.previous_phase = static_cast<int16_t>(state.phase);
+}
+
+ADAPTLR_HOST_DEVICE inline void complete_record(const Decision& decision, const State& state,
+                                                Record& record) {
+  record.lr = state.lr;
+  record.factor = state.factor;
+  record.target_factor = state.cut_factor;
+  record.phase = static_cast<int16_t>(state.phase);
+  record.flags = static_cast<int16_t>(decision.flags);
+  record.action =
+      static_cast<int16_t>(static_cast<int32_t>(decision.action) | decision.save << kSaveShift |
+                           decision.restore << kRestoreShift);
 }
 
 /// Whether this step belongs among the events.
@@ -66,37 +77,77 @@ ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, int32_t flags, do
   return ends || (guarded && answered);
 }
 
+/// ln of the lr of the update that led to this loss; before the first, of the one to come.
+ADAPTLR_HOST_DEVICE inline double log_lr_behind(const Config& config, const State& state) {
+  double lr = state.lr;
+  if (state.fine.count == 0.0)
+    lr = config.peak * multiplier(config, state);
+  return logarithm(larger(lr, kTiny));
+}
+
+/// Feeds all charts. `differences` are those that the loss brings. Works on copies, which live in
+/// registers.
+ADAPTLR_HOST_DEVICE inline Reading measure(const Config& config, const Signals& signals,
+                                           const Differences& differences, State& state,
+                                           double& scale, Decision& decision) {
+  Curve curve = state;
+  decision.flags |= gradient_flags(signals) | detect(signals.loss, curve, scale);
+  if (is_sample(signals, decision.flags))
+    decision.flags |= detect_norm(signals.grad_norm, curve);
+  Reading reading{0, 0.0, 0.0};
+  if (config.guard_mode != GuardMode::kOff && is_finite(signals.loss))
+    reading =
+        watch_progress(config, signals.loss, log_lr_behind(config, state), differences, state);
+  static_cast<Curve&>(state) = curve;
+  decision.flags |= reading.flags;
+  return reading;
+}
+
+/// The lr of this step, and what the charts and the next step need to know of it.
+ADAPTLR_HOST_DEVICE inline void set_lr(const Config& config, const Signals& signals, State& state,
+                                       Decision& decision) {
+  const double scheduled = schedule(config, state.step);
+  state.factor = rewarmed_factor(config, state);
+  decision.multiplier = state.factor * scheduled;
+  if (leaves_schedule(config, state)) {
+    decision.multiplier = multiplier(config, state);
+    state.factor = scheduled > 0.0 ? divide(decision.multiplier, scheduled) : state.factor;
+  }
+  const double lr =
+      signals.applied_lr >= 0.0 ? signals.applied_lr : config.peak * decision.multiplier;
+  state.lr = lr;
+  if (decision.action == Action::kSkip)
+    return;
+  if (state.first_lr == 0.0)
+    state.first_lr = divide(lr, config.peak);
+  if (is_ramp(state))
+    state.ramp_lr *= state.ramp_growth;
+}
+
 /// Advances the run by one optimizer step. No allocation, no I/O. A failed run measures nothing and
 /// skips every step.
 ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Signals& signals,
-                                                 State& state, Record& record) {
+                                                 const Differences& differences,
+                                                 const Archive& archive, State& state,
+                                                 Record& record) {
   Decision decision{0.0,     Action::kSkip, outer_flags(config, signals, state),
                     kNoSlot, kNoSlot,       false};
   const bool failed = is_in(Phase::kFailed, state);
   const double previous_phase = state.phase;
-  double scale;
-  if (failed)
-    scale = scale_of(state);
-  else
-    decision.flags |= gradient_flags(signals) | detect(signals.loss, state, scale);
-  if (!failed && is_sample(signals, decision.flags))
-    decision.flags |= detect_norm(signals.grad_norm, state);
+  double scale = failed ? scale_of(state) : 0.0;
+  Reading reading{0, 0.0, 0.0};
+  if (!failed)
+    reading = measure(config, signals, differences, state, scale, decision);
   fill_record(signals, !failed && is_finite(signals.loss), scale, state, record);
   if (!failed)
-    decision.action = guard(config, signals, decision.flags, state);
+    guard(config, signals, reading, archive, state, decision);
   if (decision.action == Action::kSkip && config.guard_mode == GuardMode::kAct)
     state.skips += 1.0;
 
   decision.event = is_event(config, decision.flags, previous_phase, state);
-  decision.multiplier = state.factor * schedule(config, state.step);
-  state.lr = signals.applied_lr >= 0.0 ? signals.applied_lr : config.peak * decision.multiplier;
+  set_lr(config, signals, state, decision);
   state.step += 1.0;
-
-  record.lr = state.lr;
-  record.factor = state.factor;
-  record.phase = static_cast<int16_t>(state.phase);
-  record.flags = static_cast<int16_t>(decision.flags);
-  record.action = static_cast<int16_t>(decision.action);
+  complete_record(decision, state, record);
   return decision;
 }
 

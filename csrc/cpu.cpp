@@ -9,7 +9,11 @@ HostController::HostController(const Config& config, int64_t history_size)
 
 Decision HostController::step(const Signals& signals) {
   Record record;
-  const Decision decision = control_step(config, signals, state, record);
+  Differences differences{};
+  if (config.guard_mode != GuardMode::kOff)
+    differences = take_differences(config, signals.loss, state);
+  const Decision decision =
+      control_step(config, signals, differences, Archive{saved.data()}, state, record);
   append(flight_record_.ring(), record, decision.event, counts_);
   return decision;
 }

@@ -3,6 +3,8 @@
 
 #include "flight_record.h"
 
+#include <array>
+
 namespace adaptlr {
 
 class HostController {
@@ -13,6 +15,7 @@ public:
 
   Config config;
   State state;
+  std::array<State, kSavedStates> saved{};
   const FlightRecord& flight_record() const { return flight_record_; }
 
 private:

@@ -70,7 +70,7 @@ ADAPTLR_HOST_DEVICE inline double slope_variance(double n) {
 }
 
 /// Discounted regression over a relative clock (equations 7 and 8): no sum grows with time.
-ADAPTLR_HOST_DEVICE inline void regress(double gain, double residual, State& state) {
+ADAPTLR_HOST_DEVICE inline void regress(double gain, double residual, Curve& state) {
   const double age = state.mean_age + 1.0;
   state.age_covariance = (1.0 - gain) * (state.age_covariance + gain * age * residual);
   state.age_variance = (1.0 - gain) * (state.age_variance + gain * age * age);
@@ -80,7 +80,7 @@ ADAPTLR_HOST_DEVICE inline void regress(double gain, double residual, State& sta
 
 /// Three losses in a row over three times the largest so far: no statistics are needed to call that
 /// divergence.
-ADAPTLR_HOST_DEVICE inline bool refuse(double loss, State& state) {
+ADAPTLR_HOST_DEVICE inline bool refuse(double loss, Curve& state) {
   const double range = 2.0 * larger(fabs(state.max_loss), fabs(state.min_loss));
   if (state.samples <= 4.0 || !(loss - state.max_loss > range))
     return false;
@@ -114,7 +114,7 @@ ADAPTLR_HOST_DEVICE inline bool is_spike(double score, double& threshold) {
 }
 
 /// The first losses.
-ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
+ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, Curve& state) {
   state.score = state.rise = state.t_statistic = 0.0;
   if (refuse(loss, state))
     return state.outlier_run >= 3.0 ? kDiverge | kWorse : 0;
@@ -138,19 +138,19 @@ ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, State& state) {
 }
 
 /// The smallest scale that counts (equation 4).
-ADAPTLR_HOST_DEVICE inline double scale_floor(const State& state) {
+ADAPTLR_HOST_DEVICE inline double scale_floor(const Curve& state) {
   const double progress = kMinScaleShare * larger(state.start_level - state.best_level, 0.0);
   return larger(larger(progress, kRoundoff * fabs(state.level)), kTiny);
 }
 
-ADAPTLR_HOST_DEVICE inline double scale_of(const State& state) {
+ADAPTLR_HOST_DEVICE inline double scale_of(const Curve& state) {
   const double deviation = square_root(state.variance);
   return state.samples <= kStartupSamples ? deviation : larger(deviation, scale_floor(state));
 }
 
 /// Long-run variance factor of the noise, from the agreement of successive signs (equation 6).
 /// Products of scores would let an excursion raise its own threshold.
-ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, State& state) {
+ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, Curve& state) {
   const double centred = bounded - state.mean_score;
   const double sign_gain = larger(kSignGain, divide(1.0, state.samples + kSignPrior));
   const double agreement = (centred > 0.0) == (state.previous_score > 0.0) ? 1.0 : -1.0;
@@ -162,14 +162,14 @@ ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, S
 }
 
 /// The loss runs away: a cumulative sum of bounded scores, or a run of outliers.
-ADAPTLR_HOST_DEVICE inline int32_t diverge_chart(double bounded, double tau, State& state) {
+ADAPTLR_HOST_DEVICE inline int32_t diverge_chart(double bounded, double tau, Curve& state) {
   state.cusum =
       larger(0.0, state.cusum + bounded * inverse_square_root(kClipVariance * tau) - kCusumSlack);
   state.outlier_run = state.score > kOutlierScore ? state.outlier_run + 1.0 : 0.0;
   return state.cusum > kCusumLimit || state.outlier_run >= kOutlierRun ? kDiverge : 0;
 }
 
-ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const State& state) {
+ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const Curve& state) {
   const double explained = state.age_covariance * state.slope; // C^2 / V
   const double residual_variance = larger(state.variance - explained, 0.05 * state.variance);
   const double variance = slope_variance(state.samples) * residual_variance * tau;
@@ -178,7 +178,7 @@ ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const State& sta
 
 /// The level has risen above its best, or above its start. Both sides of the comparison are
 /// estimates.
-ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, State& state) {
+ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, Curve& state) {
   const double effective = smaller(state.samples, 2.0 / kGain - 1.0); // Kish
   const bool best = state.level < state.best_level;
   const double leaked = state.best_level + kBestLeak * (state.level - state.best_level);
@@ -198,7 +198,7 @@ ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, State&
 
 /// Takes one loss in and returns the flags of the charts. A loss that is not finite changes
 /// nothing. `scale` receives the scale that the score was measured in.
-ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& scale) {
+ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, Curve& state, double& scale) {
   scale = scale_of(state);
   if (!is_finite(loss))
     return kNonfinite;
@@ -226,7 +226,7 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, State& state, double& sca
 
 /// Takes one gradient norm in, which is finite, and says whether it is a spike (equations 11 and
 /// 12). Nothing here touches the statistics of the loss.
-ADAPTLR_HOST_DEVICE inline int32_t detect_norm(double norm, State& state) {
+ADAPTLR_HOST_DEVICE inline int32_t detect_norm(double norm, Curve& state) {
   constexpr double kLeastVariance = kMinNormScale * kMinNormScale;
   state.norm_samples = smaller(state.norm_samples + 1.0, kMaxSamples);
   const bool starting = state.norm_samples <= kStartupSamples;
@@ -248,7 +248,7 @@ ADAPTLR_HOST_DEVICE inline int32_t detect_norm(double norm, State& state) {
 
 /// Forgets how sure the statistics were; `accept` also takes the present level for the new
 /// reference.
-ADAPTLR_HOST_DEVICE inline void rebase(double loss, bool accept, State& state) {
+ADAPTLR_HOST_DEVICE inline void rebase(double loss, bool accept, Curve& state) {
   state.samples = smaller(state.samples, kRebaseSamples);
   state.mean_age = smaller(state.mean_age, 0.5 * kRebaseSamples);
   state.age_variance = smaller(state.age_variance, kRebaseSamples * kRebaseSamples / 12.0);

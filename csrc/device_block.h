@@ -44,6 +44,7 @@ struct alignas(16) DeviceBlock {
   float written[kMaxGroups]; // what the last control step wrote there; differs: another writer
   float skip;            // 1: the coming update is skipped (found_inf of fused optimizers); or 0
   int32_t save, restore; // as in the last Decision
+  State saved[kSavedStates]; // beside the snapshots; read and written with those only
 };
 
 constexpr unsigned kVectorBytes = 16; // of the widest access of a lane
@@ -51,12 +52,11 @@ constexpr unsigned kLanes = 32;
 // Spelt out because NVRTC has no offsetof; bindings.cpp checks them.
 constexpr unsigned kChangedBytes = sizeof(State) + sizeof(PendingLosses) + sizeof(RingCursor);
 constexpr unsigned kStagedBytes = kChangedBytes + sizeof(Ring) + sizeof(Config);
-static_assert(kChangedBytes % kVectorBytes == 0 && kChangedBytes <= kLanes * kVectorBytes,
-              "one access of the warp stores what a step changes");
-constexpr unsigned kLoads = 3; // of the warp; the last reaches into lr and written
-static_assert(kStagedBytes <= kLoads * kLanes * kVectorBytes &&
-                  kLoads * kLanes * kVectorBytes <= sizeof(DeviceBlock),
-              "three accesses load what a step reads");
+constexpr unsigned kAccessBytes = kLanes * kVectorBytes; // of the warp
+constexpr unsigned kStores = (kChangedBytes + kAccessBytes - 1) / kAccessBytes;
+constexpr unsigned kLoads = (kStagedBytes + kAccessBytes - 1) / kAccessBytes;
+static_assert(kChangedBytes % kVectorBytes == 0, "what a step changes is stored in whole vectors");
+static_assert(kLoads * kAccessBytes <= sizeof(DeviceBlock), "the last load stays in the block");
 static_assert(kMaxGroups == 2 * kLanes, "a lane looks after two groups");
 
 /// The scalars that a control step reads, one lane each.

@@ -1,9 +1,8 @@
-// What the flags of the charts lead to: section 4 of docs/algorithm.md. Knows nothing of how they
+// What the flags of the charts lead to: section 5 of docs/algorithm.md. Knows nothing of how they
 // came about.
 #pragma once
 
-#include "detector.h"
-#include "schedule.h"
+#include "recovery.h"
 
 namespace adaptlr {
 
@@ -12,36 +11,32 @@ constexpr double kRewarmStart = 0.1;              // share of cut_factor at whic
 constexpr double kRegrowLimit = 0.7;              // of the factor that failed
 constexpr double kDriftBackoff = 0.7;             // a drift is slow: a small cut will do
 constexpr double kMaxConsecutiveOverflows = 32.0; // GradScaler's scale: from 2^16 to 2^-16
-constexpr int32_t kAlarms = kDiverge | kDrift | kWorse;
+constexpr double kEarlySteps = 4.0; // W' after a start, within which it is gone back to
+constexpr double kQuietCusum = 4.0;
+constexpr double kQuietRise = 3.0; // standard errors
+constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
+constexpr int32_t kCollapse = kLost | kAbove;
 
-ADAPTLR_HOST_DEVICE inline bool is_in(Phase phase, const State& state) {
-  return state.phase == static_cast<double>(phase);
-}
-
-ADAPTLR_HOST_DEVICE inline void enter(Phase phase, double first_step, State& state) {
-  state.phase = static_cast<double>(phase);
-  state.phase_step = first_step;
-}
-
-/// The alarms in `flags`, without those of the slow charts while an earlier alarm still echoes in
-/// them.
+/// The hard alarms in `flags`, without those of the slow charts while an earlier alarm still echoes
+/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr.
 ADAPTLR_HOST_DEVICE inline int32_t audible(const Config& config, int32_t flags,
                                            const State& state) {
   const bool muted = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps;
-  return flags & (muted ? static_cast<int32_t>(kDiverge) : kAlarms);
+  const int32_t slow = muted ? static_cast<int32_t>(kDiverge) : kLongAlarms;
+  const int32_t broken = state.fine.count > 0.0 ? static_cast<int32_t>(kNonfinite) : 0;
+  const int32_t heard = is_ramp(state) ? broken : slow;
+  return flags & (heard | kCollapse);
 }
 
-/// A step that would write non-finite numbers into the weights is not taken.
-ADAPTLR_HOST_DEVICE inline Action skip_nonfinite(const Config& config, int32_t flags,
-                                                 State& state) {
+/// Counts a step that would write non-finite numbers into the weights, and is not taken. True:
+/// there have been too many in a row.
+ADAPTLR_HOST_DEVICE inline bool exhausts_skips(const Config& config, int32_t flags, State& state) {
   if (flags & kNonfinite)
     state.consecutive_skips += 1.0;
   if (flags & kOverflow)
     state.consecutive_overflows += 1.0;
-  if (state.consecutive_skips > config.max_consecutive_skips ||
-      state.consecutive_overflows > kMaxConsecutiveOverflows)
-    enter(Phase::kFailed, state.step, state);
-  return Action::kSkip;
+  return state.consecutive_skips > config.max_consecutive_skips ||
+         state.consecutive_overflows > kMaxConsecutiveOverflows;
 }
 
 /// The factor to blame: the one at the change point, where the cusum was last 0, not the one at the
@@ -49,8 +44,8 @@ ADAPTLR_HOST_DEVICE inline Action skip_nonfinite(const Config& config, int32_t f
 ADAPTLR_HOST_DEVICE inline double failed_factor(const Config& config, const State& state) {
   const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
   const double multiplier = schedule(config, resumes);
-  return multiplier > 0.0 ? smaller(state.factor, divide(state.onset_lr, multiplier))
-                          : state.factor;
+  return multiplier > 0.0 ? smaller(state.cut_factor, divide(state.onset_lr, multiplier))
+                          : state.cut_factor;
 }
 
 ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, State& state) {
@@ -70,14 +65,77 @@ ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, State
   enter(Phase::kRewarm, state.step + 1.0, state);
 }
 
-ADAPTLR_HOST_DEVICE inline Action answer_alarm(const Config& config, const Signals& signals,
-                                               int32_t alarms, State& state) {
+/// Forgets how sure the statistics were: the losses that follow are new ones.
+ADAPTLR_HOST_DEVICE inline void expect_change(double loss, bool accept, State& state) {
+  rebase(loss, accept, state);
+  state.fine = state.coarse = Progress{};
+  state.block_sum = state.block_count = 0.0;
+}
+
+/// Without a snapshot to go back to.
+ADAPTLR_HOST_DEVICE inline void answer_in_place(const Config& config, const Signals& signals,
+                                                int32_t alarms, State& state, Decision& decision) {
   const bool to_blame = state.onset_lr > 0.0 && config.guard_mode == GuardMode::kAct;
-  if (to_blame)
+  if (to_blame) {
     cut(config, alarms == kDrift, state);
-  rebase(signals.loss, !(alarms & kDiverge) || !to_blame, state);
+    decision.action = Action::kSkip;
+  }
+  expect_change(signals.loss, !(alarms & kDiverge) || !to_blame, state);
+}
+
+ADAPTLR_HOST_DEVICE inline bool is_early(const Config& config, const State& state) {
+  return state.step - state.origin_step <= kEarlySteps * config.chart_steps;
+}
+
+/// A snapshot that has been put back and fails again was not good.
+ADAPTLR_HOST_DEVICE inline void drop_failed_snapshots(State& state) {
+  if (is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state))
+    state.good_slot = kNoSlot;
+  state.pending_slot = kNoSlot;
+}
+
+ADAPTLR_HOST_DEVICE inline void fail(const Config& config, State& state, Decision& decision) {
+  enter(Phase::kFailed, state.step, state);
+  decision.action = Action::kSkip;
+  if (has_snapshots(config))
+    decision.restore =
+        static_cast<int32_t>(state.good_slot != kNoSlot ? state.good_slot : double{kStart});
+}
+
+/// Answers hard alarms.
+ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals& signals,
+                                             const Archive& archive, int32_t alarms, State& state,
+                                             Decision& decision) {
   state.last_alarm = state.step;
-  return to_blame ? Action::kSkip : Action::kNone;
+  if (config.guard_mode != GuardMode::kAct || !has_snapshots(config))
+    return answer_in_place(config, signals, alarms, state, decision);
+  drop_failed_snapshots(state);
+  state.restarts += 1.0;
+  if (state.restarts > config.max_restarts)
+    return fail(config, state, decision);
+  if (is_in(Phase::kTrial, state))
+    state.cut_factor = state.trial_factor;
+  if (is_ramp(state))
+    answer_on_ramp(config, state, decision);
+  else if (state.good_slot != kNoSlot && !is_early(config, state))
+    begin_probe(archive, state, decision);
+  else
+    start_over(config, state, decision);
+}
+
+/// One step of a probe. A lasting change of the data is accepted, with the weights as they were.
+ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
+                                              const Archive& archive, State& state,
+                                              Decision& decision) {
+  state.probe_sum += clamp(state.score, -kClip, kClip);
+  if (state.step - state.phase_step + 1.0 < kProbeSteps)
+    return;
+  if (state.probe_sum > kProbeShift * kProbeSteps) {
+    return_to_aside(archive, state, decision);
+    return expect_change(signals.loss, true, state);
+  }
+  cut(config, false, state);
+  expect_change(signals.loss, false, state);
 }
 
 /// REWARM, HOLD, REGROW, RUN: each phase ends when its steps are over.
@@ -98,41 +156,130 @@ ADAPTLR_HOST_DEVICE inline void advance_phase(const Config& config, State& state
   }
 }
 
+/// Takes a snapshot now and then while the charts are quiet. One that has aged without an alarm
+/// becomes the good one, and the next is taken over the older of the two.
+ADAPTLR_HOST_DEVICE inline void keep_snapshots(const Config& config, const Reading& reading,
+                                               const Archive& archive, State& state,
+                                               Decision& decision) {
+  const bool quiet = state.cusum < kQuietCusum && reading.fast_rise < kQuietRise &&
+                     state.fine.count >= config.snapshot_steps && !is_in(Phase::kRewarm, state);
+  if (!quiet)
+    return;
+  if (state.pending_slot != kNoSlot)
+    state.good_slot = state.pending_slot;
+  state.pending_slot = spare_slot(state);
+  state.pending_step = state.step;
+  archive.of(state.pending_slot) = state;
+  decision.save = static_cast<int32_t>(state.pending_slot);
+}
+
+ADAPTLR_HOST_DEVICE inline bool may_experiment(const Config& config, int32_t flags,
+                                               const State& state) {
+  return flags & (kNoProgress | kStall) && config.guard_mode == GuardMode::kAct &&
+         has_snapshots(config) && state.step >= state.soft_step &&
+         state.restarts < config.max_restarts;
+}
+
+ADAPTLR_HOST_DEVICE inline bool is_snapshot_due(const Config& config, const State& state) {
+  return config.snapshot_slots >= kSlots && config.guard_mode == GuardMode::kAct &&
+         (state.pending_slot == kNoSlot ||
+          state.step - state.pending_step >= config.snapshot_steps);
+}
+
+/// A step without a hard alarm.
+ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signals,
+                                      const Archive& archive, int32_t flags, const Reading& reading,
+                                      State& state, Decision& decision) {
+  const bool measured = is_finite(signals.loss) && !(flags & kNonfinite);
+  if (is_in(Phase::kProbe, state))
+    return measured ? advance_probe(config, signals, archive, state, decision) : void();
+  if (is_ramp(state))
+    return measured ? advance_ramp(config, archive, reading, state, decision) : void();
+  if (is_in(Phase::kTrial, state))
+    return measured ? advance_trial(config, archive, state, decision) : void();
+  advance_phase(config, state);
+  if (!measured)
+    return;
+  if (may_experiment(config, flags, state))
+    experiment(config, archive, flags, reading, state, decision);
+  else if (is_snapshot_due(config, state))
+    keep_snapshots(config, reading, archive, state, decision);
+}
+
+/// Whether there is nothing to do about this step.
+ADAPTLR_HOST_DEVICE inline bool is_calm(const Config& config, int32_t flags, int32_t alarms,
+                                        const State& state) {
+  return alarms == 0 && is_in(Phase::kRun, state) && !may_experiment(config, flags, state) &&
+         !is_snapshot_due(config, state);
+}
+
+/// Answers a step that is not calm.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void respond(const Config& config, const Signals& signals,
+                                                     const Archive& archive, int32_t alarms,
+                                                     const Reading& reading, State& state,
+                                                     Decision& decision) {
+  if (alarms != 0)
+    answer_alarm(config, signals, archive, alarms, state, decision);
+  else
+    go_on(config, signals, archive, decision.flags, reading, state, decision);
+}
+
 /// cut_factor, less the re-warming. Also right in the step that ends the phase, whose re-warming is
 /// complete.
-ADAPTLR_HOST_DEVICE inline double applied_factor(const Config& config, const State& state) {
+ADAPTLR_HOST_DEVICE inline double rewarmed_factor(const Config& config, const State& state) {
   if (!is_in(Phase::kRewarm, state))
     return state.cut_factor;
   const double ramp = divide(larger(state.step - state.phase_step + 1.0, 0.0), config.rewarm_steps);
   return state.cut_factor * (kRewarmStart + (1.0 - kRewarmStart) * ramp);
 }
 
-/// Answers the flags of this step: moves the phase and the factor, says what to do with the step.
-ADAPTLR_HOST_DEVICE inline Action guard(const Config& config, const Signals& signals, int32_t flags,
-                                        State& state) {
-  const bool acts = config.guard_mode == GuardMode::kAct;
-  const double lr_ratio = divide(state.lr, config.peak); // of the last step
-  const int32_t alarms = audible(config, flags, state);
-  const bool quiet =
-      state.cusum == 0.0 && state.outlier_run == 0.0 && is_finite(signals.loss) && alarms == 0;
-  state.onset_lr = quiet ? lr_ratio : state.onset_lr;
+/// Whether lr is anything else than the re-warmed factor x the schedule.
+ADAPTLR_HOST_DEVICE inline bool leaves_schedule(const Config& config, const State& state) {
+  return is_in(Phase::kProbe, state) || is_ramp(state) ||
+         (state.restarted != 0.0 && state.step < config.warmup_steps);
+}
 
-  Action action = flags & kOverflow ? Action::kSkip : Action::kNone;
+/// Multiplier of the peak lr in this step.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double multiplier(const Config& config,
+                                                          const State& state) {
+  if (is_in(Phase::kProbe, state))
+    return 0.0;
+  if (is_in(Phase::kRescue, state))
+    return smaller(state.ramp_lr, state.ramp_limit);
+  const double scheduled = rewarmed_factor(config, state) * own_schedule(config, state);
+  return is_in(Phase::kTest, state) ? smaller(state.ramp_lr, scheduled) : scheduled;
+}
+
+/// Answers the flags of this step: moves the phase and the factor, says what to do with the step.
+ADAPTLR_HOST_DEVICE inline void guard(const Config& config, const Signals& signals,
+                                      const Reading& reading, const Archive& archive, State& state,
+                                      Decision& decision) {
+  const bool acts = config.guard_mode == GuardMode::kAct;
+  const int32_t flags = decision.flags;
+  int32_t alarms = audible(config, flags, state);
+  const bool quiet = state.cusum == 0.0 && state.outlier_run == 0.0 && is_finite(signals.loss) &&
+                     alarms == 0 && !is_in(Phase::kProbe, state);
+  state.onset_lr = quiet ? divide(state.lr, config.peak) : state.onset_lr;
+
+  decision.action = flags & kOverflow ? Action::kSkip : Action::kNone;
   if (acts && flags & (kNonfinite | kOverflow)) {
-    action = skip_nonfinite(config, flags, state);
+    decision.action = Action::kSkip;
+    if (exhausts_skips(config, flags, state)) {
+      if (!has_snapshots(config) || state.fine.count == 0.0) // nothing to undo
+        return fail(config, state, decision);
+      alarms |= kNonfinite;
+      state.consecutive_skips = state.consecutive_overflows = 0.0;
+    }
   } else {
     state.consecutive_skips = state.consecutive_overflows = 0.0;
   }
-  if (config.guard_mode == GuardMode::kOff || is_in(Phase::kFailed, state))
-    return action;
-  if (alarms != 0) {
-    if (answer_alarm(config, signals, alarms, state) == Action::kSkip)
-      action = Action::kSkip;
-  } else {
-    advance_phase(config, state);
-  }
-  state.factor = applied_factor(config, state);
-  return action;
+  if (config.guard_mode == GuardMode::kOff)
+    return;
+  if (is_calm(config, flags, alarms, state))
+    return;
+  Decision answer = decision;
+  respond(config, Signals{signals}, archive, alarms, Reading{reading}, state, answer);
+  decision = answer;
 }
 
 } // namespace adaptlr

@@ -2,11 +2,11 @@
 // controller.h. Compiled by nvcc into a fatbin or by NVRTC at run time, so without any header of
 // CUDA or of the standard library, and with -fmad=false, so that it rounds as the host does.
 #include "device_block.h"
+#include "warp_median.h"
 
 namespace adaptlr {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr unsigned kLineVectors = sizeof(Record) / kVectorBytes;
 
 /// Loads the aligned 8 bytes around a number, whatever its type: the lanes stay together, and their
@@ -35,11 +35,10 @@ struct alignas(kVectorBytes) Outcome {
   double multiplier;
 };
 
-/// Empties the pending losses into one. With none there is nothing to learn: NaN, which is skipped.
-__device__ double take_loss(const StepParams& params, double last, PendingLosses& pending) {
+/// The pending losses as one. With none there is nothing to learn: NaN, which is skipped.
+__device__ double take_loss(const StepParams& params, double last, const PendingLosses& pending) {
   const double sum = pending.sum + last;
   const int64_t count = pending.count + (params.inputs[kLoss].address != nullptr ? 1 : 0);
-  pending = PendingLosses{0.0, 0};
   if (count == 1 || (count > 1 && !params.mean))
     return sum;
   return count == 0 ? nan("") : divide(sum, static_cast<double>(count));
@@ -58,18 +57,20 @@ __device__ void claim(const Ring& ring, bool event, RingCursor& cursor, Outcome&
     cursor.next_event = 0;
 }
 
-/// The work of lane 0. The copies of state and record live in registers.
-__device__ Decision advance(const StepParams& params, const double* inputs, bool overwritten,
-                            DeviceBlock& staged, Outcome& outcome) {
+/// The work of lane 0. The state stays in shared memory: what a usual step needs of it lives in
+/// registers, and all else is left alone.
+__device__ Decision advance(const StepParams& params, const double* inputs, double loss,
+                            const Differences& differences, bool overwritten, DeviceBlock& staged,
+                            Outcome& outcome) {
   const bool has_norm = params.inputs[kGradNorm].address != nullptr;
   const double norm = has_norm ? inputs[kGradNorm] : params.grad_norm;
-  const Signals signals{take_loss(params, inputs[kLoss], staged.pending), norm, params.applied_lr,
-                        inputs[kFoundInf] > 0.0, overwritten};
-  State state = staged.state;
+  const Signals signals{loss, norm, params.applied_lr, inputs[kFoundInf] > 0.0, overwritten};
+  const Archive archive{params.block->saved};
   Record record;
-  const Decision decision = control_step(staged.config, signals, state, record);
+  const Decision decision =
+      control_step(staged.config, signals, differences, archive, staged.state, record);
   staged.cursor.notices |= notices_of(record);
-  staged.state = state;
+  staged.pending = PendingLosses{0.0, 0};
   outcome.record = record;
   const bool zero = params.zero_lr && decision.action == Action::kSkip;
   outcome.multiplier = zero ? 0.0 : decision.multiplier;
@@ -128,7 +129,7 @@ __device__ void publish(const RingCursor& cursor, RingHeader* header, unsigned l
 
 extern "C" __global__ void __launch_bounds__(kLanes)
     adaptlr_control_step(const __grid_constant__ StepParams params) {
-  __shared__ DeviceBlock staged; // what three loads bring
+  __shared__ DeviceBlock staged; // what the loads bring
   __shared__ Outcome outcome;
   __shared__ double inputs[kLanes];
   const unsigned lane = threadIdx.x;
@@ -136,16 +137,18 @@ extern "C" __global__ void __launch_bounds__(kLanes)
 
   // All loads first: the step waits for memory once.
   const auto* block_vectors = reinterpret_cast<const uint4*>(&block);
-  const uint4 near = block_vectors[lane], middle = block_vectors[lane + kLanes];
-  const uint4 far = block_vectors[lane + 2 * kLanes];
+  uint4 loaded[kLoads];
+#pragma unroll
+  for (unsigned i = 0; i < kLoads; ++i)
+    loaded[i] = block_vectors[lane + i * kLanes];
   const uint2 lrs = reinterpret_cast<const uint2*>(block.lr)[lane];
   const uint2 written = reinterpret_cast<const uint2*>(block.written)[lane];
   const Scalar input = lane < kInputs ? params.inputs[lane] : Scalar{};
   const uint64_t bits = fetch(input);
 
-  reinterpret_cast<uint4*>(&staged)[lane] = near;
-  reinterpret_cast<uint4*>(&staged)[lane + kLanes] = middle;
-  reinterpret_cast<uint4*>(&staged)[lane + 2 * kLanes] = far;
+#pragma unroll
+  for (unsigned i = 0; i < kLoads; ++i)
+    reinterpret_cast<uint4*>(&staged)[lane + i * kLanes] = loaded[i];
   inputs[lane] = decode(bits, input);
   const bool host_sets_lr = params.applied_lr >= 0.0;
   const bool changed = lrs.x != written.x || lrs.y != written.y;
@@ -153,8 +156,12 @@ extern "C" __global__ void __launch_bounds__(kLanes)
   __syncwarp();
 
   const double2 peaks = peaks_of(staged.config, lane);
+  const double loss = take_loss(params, inputs[kLoss], staged.pending);
+  const Differences differences = warp_differences(staged.config, loss, staged.state, lane);
+  __syncwarp();
   if (lane == 0) {
-    const Decision decision = advance(params, inputs, overwritten, staged, outcome);
+    const Decision decision =
+        advance(params, inputs, loss, differences, overwritten, staged, outcome);
     block.skip = decision.action == Action::kSkip ? 1.0f : 0.0f;
     block.save = decision.save;
     block.restore = decision.restore;
@@ -163,8 +170,8 @@ extern "C" __global__ void __launch_bounds__(kLanes)
 
   if (!host_sets_lr)
     write_lrs(peaks, outcome.multiplier, block, lane);
-  if (lane < kChangedBytes / kVectorBytes)
-    reinterpret_cast<uint4*>(&block)[lane] = reinterpret_cast<const uint4*>(&staged)[lane];
+  for (unsigned i = lane; i < kChangedBytes / kVectorBytes; i += kLanes)
+    reinterpret_cast<uint4*>(&block)[i] = reinterpret_cast<const uint4*>(&staged)[i];
   publish(staged.cursor, staged.ring.header, lane);
   write_lines(outcome, staged.cursor, lane);
 }

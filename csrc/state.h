@@ -8,6 +8,14 @@
 #define ADAPTLR_HOST_DEVICE
 #endif
 
+// What few steps need stays out of the code, and so out of the registers, of all the others. Its
+// arguments must be copies: an address taken would keep the usual step's State in memory.
+#if defined(__CUDACC__)
+#define ADAPTLR_RARE __noinline__
+#else
+#define ADAPTLR_RARE __attribute__((noinline, cold))
+#endif
+
 // NVRTC compiles these headers without the standard library.
 #ifdef __CUDACC_RTC__
 using int32_t = int;
@@ -39,19 +47,34 @@ enum class Decay : int64_t {
   kTable
 };
 enum class GuardMode : int64_t { kOff, kObserve, kAct };
-enum class Phase : int32_t { kRun, kRewarm, kHold, kRegrow, kFailed };
+enum class Phase : int32_t {
+  kRun,
+  kRewarm, // after a cut or a restart
+  kHold,
+  kRegrow,
+  kFailed, // every further step is skipped
+  kTrial,  // a lower lr, with the weights as they are
+  kRescue, // a ramp from the start up to an lr that is known to be too high
+  kTest,   // a ramp from the start up to the lr in use, with the present state set aside
+  kProbe   // the losses of a good snapshot, without an update
+};
+constexpr int kPhases = 9;
 enum class Action : int32_t { kNone, kSkip };
 
 enum Flag : int32_t {
-  kNonfinite = 1,    // the loss or the gradient norm is not finite
-  kSpike = 2,        // one loss far above the level; informative
-  kDiverge = 4,      // the loss runs away
-  kDrift = 8,        // the level has risen above its best
-  kWorse = 16,       // the level is above where the run began
-  kOverflow = 32,    // GradScaler found an infinite gradient
-  kOverwritten = 64, // something else wrote the lr since the last step
-  kEnded = 128,      // the clock has passed total_steps
-  kNormSpike = 256,  // the gradient norm is far above its level; informative
+  kNonfinite = 1,     // the loss or the gradient norm is not finite
+  kSpike = 2,         // one loss far above the level; informative
+  kDiverge = 4,       // the loss runs away
+  kDrift = 8,         // the level has risen above its best
+  kWorse = 16,        // the level is above where the run began
+  kOverflow = 32,     // GradScaler found an infinite gradient
+  kOverwritten = 64,  // something else wrote the lr since the last step
+  kEnded = 128,       // the clock has passed total_steps
+  kNormSpike = 256,   // the gradient norm is far above its level; informative
+  kLost = 512,        // the progress made is lost again
+  kAbove = 1024,      // the loss is above the first one
+  kNoProgress = 2048, // the loss is where it began
+  kStall = 4096       // the loss has stopped falling above its lowest
 };
 
 /// What the user asked for, resolved to numbers. Changes only between steps, at the user's request.
@@ -69,6 +92,11 @@ struct Config {
   double regrow_growth;         // of the factor, a step; > 1
   double max_consecutive_skips; // non-finite steps in a row that are survived
   double snapshot_slots;        // 0: none, 1: kStart only, 3
+  double snapshot_steps;        // between two of them, and their age when they count as good
+  double chart_steps;           // W', of the collapse charts: W, or a tenth of the run if longer
+  double block_steps;           // that a sample of the coarse charts is the mean of; >= 1
+  double sensitivity;           // divides the thresholds of the collapse charts; > 0
+  double max_restarts;          // rollbacks and experiments that a run may have
   double peak;                  // the largest of peaks; lr
   double peaks[kMaxGroups];     // peak lr of every group
   int64_t group_count;          // of peaks in use
@@ -87,39 +115,82 @@ struct Signals {
   int32_t overwritten; // something else wrote the lr since the last step
 };
 
+/// Where the loss has been since the run was (re)started: what the collapse charts know. All zero
+/// at a start.
+struct Progress {
+  double count;                // finite samples; at most 1e6
+  double first_loss;           // the first of them
+  double previous_loss;        // the last
+  double next_difference;      // where the next difference goes in its window; in [0, 24)
+  double difference_trend;     // moving mean of the differences; loss / sample
+  double difference_residual;  // the last difference less the trend; loss / sample
+  double difference_agreement; // of the signs of successive residuals; in [-1, 1]
+  double variance_factor;      // tau of the noise
+  double noise;                // scale of the noise, from the differences; loss
+  double cleanest_noise;       // the smallest of late; loss
+  double fast_level;           // over 8 samples; loss
+  double slow_level;           // over 32 samples; loss
+  double log_lr;               // mean of ln lr behind the fast level
+  double highest_level;        // of the first 8 samples; loss
+  double lowest_level;         // of the fast level; loss
+  double lowest_slow_level;    // of the slow level; loss
+  double lowest_variance;      // of lowest_level; in units of the noise^2
+  double lowest_slow_variance; // of lowest_slow_level; likewise
+  double lowest_noise;         // noise x sqrt(tau) when lowest_level was set; loss
+  double lowest_log_lr;        // log_lr when lowest_level was set
+  double lowest_evidence;      // of any progress, when lowest_level was set; in standard errors
+  double lowest_age;           // samples since lowest_level was set
+};
+constexpr int kProgressFields = 22;
+constexpr int kDifferences = 24; // that the noise is taken from
+
+/// The long run of the loss and of the gradient norm.
+struct Curve {
+  double samples;              // n; finite losses since the last rebase; in [0, 1e6]
+  double observed;             // finite losses that were ever taken
+  double level;                // robust moving mean; loss
+  double variance;             // robust moving variance about it; loss^2
+  double mean_age;             // of the regression's weights; steps
+  double age_variance;         // steps^2
+  double age_covariance;       // of time and loss; steps x loss
+  double sign_agreement;       // of successive scores; in [-1, 1]
+  double previous_score;       // the last clipped score less mean_score
+  double mean_score;           // moving mean of clipped scores
+  double cusum;                // S, one-sided sum of clipped scores
+  double outlier_run;          // scores above 6 in a row; during start-up, losses refused in a row
+  double spike_threshold;      // in units of the scale; >= 6
+  double best_level;           // leaky minimum of the level; loss
+  double best_samples;         // effective samples behind it
+  double start_level;          // the level after start-up; loss
+  double max_loss;             // largest loss of the start-up
+  double min_loss;             // smallest loss of the start-up
+  double slope;                // of the loss; loss / step
+  double t_statistic;          // of the slope
+  double score;                // z of the last finite loss
+  double rise;                 // of the level above its best, in standard errors
+  double norm_samples;         // gradient norms taken; in [0, 1e6]
+  double norm_level;           // robust moving mean of the log of the gradient norm
+  double norm_variance;        // robust moving variance of that log about it
+  double norm_spike_threshold; // of the norm, in units of the scale; >= 6; starts at 6
+};
+
+/// All that is measured; set aside and put back with the weights.
+struct Statistics : Curve {
+  double block_sum; // of the losses for the next sample of `coarse`
+  double block_count;
+  Progress fine;                         // of every loss
+  Progress coarse;                       // of means of block_steps losses; unused where that is 1
+  double fine_differences[kDifferences]; // between successive samples, in size; the last ones
+  double coarse_differences[kDifferences];
+};
+
 /// Everything that lasts from step to step, all of it in checkpoints.
-struct State {
+struct State : Statistics {
   double step;                  // t; steps taken, exact up to 2^53; starts at 0
   double lr;                    // of the largest group, in the last step; starts at 0
-  double samples;               // n; finite losses since the last rebase; in [0, 1e6]
-  double observed;              // finite losses that were ever taken
-  double level;                 // robust moving mean; loss
-  double variance;              // robust moving variance about it; loss^2
-  double mean_age;              // of the regression's weights; steps
-  double age_variance;          // steps^2
-  double age_covariance;        // of time and loss; steps x loss
-  double sign_agreement;        // of successive scores; in [-1, 1]
-  double previous_score;        // the last clipped score less mean_score
-  double mean_score;            // moving mean of clipped scores
-  double cusum;                 // S, one-sided sum of clipped scores
-  double outlier_run;           // scores above 6 in a row; during start-up, losses refused in a row
-  double spike_threshold;       // in units of the scale; >= 6
-  double best_level;            // leaky minimum of the level; loss
-  double best_samples;          // effective samples behind it
-  double start_level;           // the level after start-up; loss
-  double max_loss;              // largest loss of the start-up
-  double min_loss;              // smallest loss of the start-up
-  double slope;                 // of the loss; loss / step
-  double t_statistic;           // of the slope
-  double score;                 // z of the last finite loss
-  double rise;                  // of the level above its best, in standard errors
-  double norm_samples;          // gradient norms taken; in [0, 1e6]
-  double norm_level;            // robust moving mean of the log of the gradient norm
-  double norm_variance;         // robust moving variance of that log about it
-  double norm_spike_threshold;  // of the norm, in units of the scale; >= 6; starts at 6
   double phase;                 // of the guard; a Phase
   double phase_step;            // the step at which it began
-  double factor;                // lr = peak x factor x schedule; in (0, 1]; starts at 1
+  double factor;                // lr = peak x factor x schedule; > 0; starts at 1
   double cut_factor;            // what factor re-warms to; starts at 1
   double ceiling;               // what cut_factor regrows to; starts at 1
   double onset_lr;              // lr / peak at the last quiet step
@@ -129,10 +200,33 @@ struct State {
   double consecutive_overflows; // overflowed steps in a row
   double skips;                 // steps skipped so far
   double cuts;                  // of the factor so far
+  double restarts;              // rollbacks and experiments so far
+  double origin_step;           // the step that began from kStart
+  double restarted;             // 1: origin_step is not the run's beginning
+  double first_lr;              // lr / peak of the first step since
+  double ramp_lr;               // lr / peak of the coming step of a ramp
+  double ramp_growth;           // of ramp_lr, a step
+  double ramp_start;            // lr / peak that the ramp began with
+  double ramp_limit;            // lr / peak at which a rescue ends
+  double trial_factor;          // cut_factor before the trial
+  double trial_level;           // lowest level before the trial; loss
+  double trials;                // that did not help
+  double tested;                // 1: the last test told nothing
+  double soft_step;             // the first at which a soft chart may speak again
+  double ramp_level;            // lowest level of a test that told nothing; loss
+  double ramp_log_lr;           // its ln lr
+  double probe_sum;             // of the probe's clipped scores
+  double aside_slot;            // where the state lies that was set aside; a Slot
+  double good_slot;             // the newest snapshot that has aged well; a Slot
+  double pending_slot;          // the one that still ages; a Slot
+  double pending_step;          // when it was taken
 };
-constexpr int kStateFields = 40;
+constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 34;
 static_assert(sizeof(State) == kStateFields * sizeof(double),
               "a State is a row of a float64 tensor");
+
+/// The states beside the snapshots of kFirst and kSecond; kStart goes with a new one.
+constexpr int kSavedStates = 2;
 
 /// What a step is told to do.
 struct Decision {
@@ -143,6 +237,9 @@ struct Decision {
   int32_t restore; // the Slot that is put back after the update of this step, which is skipped
   bool event;      // something was done, or would have been: the record belongs among the events
 };
+
+constexpr int kSaveShift = 4;
+constexpr int kRestoreShift = 8;
 
 /// One line of the flight record. 128 bytes: a whole number of cache lines.
 struct Record {
@@ -159,11 +256,11 @@ struct Record {
   double grad_norm; // NaN: not given
   double lr;        // of the largest group
   double factor;
-  double previous_factor;
+  double target_factor; // what factor re-warms to
   int16_t phase;
   int16_t previous_phase;
   int16_t flags;
-  int16_t action;
+  int16_t action;    // an Action, and kSaveShift and kRestoreShift bits up the slots
   uint64_t checksum; // of the words before it
 };
 static_assert(sizeof(Record) == 128, "records are copied in whole cache lines");
