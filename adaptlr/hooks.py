@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 class Attached(Protocol):
@@ -33,17 +34,56 @@ class Hooks:
 
     def __init__(self, optimizer: torch.optim.Optimizer, attached: Attached) -> None:
         """Register all of them. No hook after the step: every hook costs."""
-        self._handles = [
+        self._handles: list[RemovableHandle | LoadWatch] = [
             optimizer.register_step_pre_hook(attached.pre_hook),
             optimizer.register_state_dict_post_hook(lambda _, saved: attached.save(saved)),
             optimizer.register_load_state_dict_pre_hook(lambda _, loaded: attached.check(loaded)),
             optimizer.register_load_state_dict_post_hook(lambda _: attached.load()),
         ]
+        if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+            self._handles.append(LoadWatch(optimizer, attached))
 
     def remove(self) -> None:
         """Take every hook off again."""
         for handle in self._handles:
             handle.remove()
+
+
+class LoadWatch:
+    """Does what the load hooks do, for a class whose own ``load_state_dict`` may not call them.
+
+    That of bitsandbytes does not, and a controller that is not told begins a resumed run anew.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, attached: Attached) -> None:
+        """Stand in front of the optimizer's method, as an attribute of this one object."""
+        self._attributes = vars(optimizer)
+        self._attached: Attached | None = attached
+        self._load = optimizer.load_state_dict
+        self._told = False
+        self._hook = optimizer.register_load_state_dict_post_hook(self._note)
+        self._attributes["load_state_dict"] = self.load
+
+    def _note(self, _: torch.optim.Optimizer) -> None:
+        self._told = True
+
+    def load(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Check, load, and tell the controller unless torch's hooks have."""
+        if self._attached is None:
+            return self._load(state_dict, *args, **kwargs)
+        self._told = False
+        self._attached.check(state_dict)
+        result = self._load(state_dict, *args, **kwargs)
+        if not self._told:
+            self._attached.load()
+        return result
+
+    def remove(self) -> None:
+        """Step aside: give the method back, unless someone has wrapped ours since."""
+        self._attached = None
+        self._hook.remove()
+        if self._attributes.get("load_state_dict") == self.load:
+            del self._attributes["load_state_dict"]
 
 
 def replace_closure(

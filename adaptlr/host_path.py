@@ -16,8 +16,8 @@ from adaptlr.pending import Pending
 class HostPath(_extension.HostLoop, Pending):
     """Decides at once, sets lr before the step, and skips by taking the gradients away.
 
-    Taking the gradients away is an exact skip for every optimizer: parameters, moments and step
-    counts stay.
+    Taking the gradients away is an exact skip for every optimizer of torch: parameters, moments and
+    step counts stay. Some others count steps by themselves, without a look at the gradients.
 
     The usual step never comes here: `HostLoop` takes one tensor loss a step and float rates, and
     calls ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.

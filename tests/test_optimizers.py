@@ -10,7 +10,6 @@ import torch
 from conftest import loss_of, parameters_of, same, skips, train, train_bare
 from optimizers import CASES, DEVICE_CONTROLLED, REFUSED, exists, expected_path, make, table
 
-import adaptlr
 from adaptlr import AdaptiveLR
 from adaptlr.device_flags import CAPTURABLE, FUSED
 
@@ -249,23 +248,6 @@ def test_special_optimizers_take_late_float_and_keep_nan_out(case, data):
     assert "float" in repr(controller)
     assert torch.isfinite(table.weight).all()
     assert len(controller.history()) == 12
-
-
-@pytest.mark.cuda
-def test_an_optimizer_from_elsewhere_takes_late_float(make_model, data):
-    lion = pytest.importorskip("timm.optim").Lion
-    controlled, bare = make_model(device="cuda"), make_model(device="cuda")
-    optimizer = lion(controlled.parameters(), lr=1e-3)
-    controller = adaptlr.AdaptiveLR(optimizer, total_steps=30)
-    train(controller, controlled, data[:30])
-    torch.cuda.synchronize()
-    reference = lion(bare.parameters(), lr=1e-3)
-    for batch, lr in zip(data, controller.history()["lr"].tolist(), strict=False):
-        reference.param_groups[0]["lr"] = lr
-        loss_of(bare, batch).backward()
-        reference.step()
-        reference.zero_grad()
-    assert same(parameters_of(controlled), parameters_of(bare))
 
 
 @pytest.mark.cuda
