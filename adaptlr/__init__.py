@@ -3,7 +3,8 @@
 from adaptlr.config import Guard, Schedule
 from adaptlr.controller import AdaptiveLR
 from adaptlr.errors import TrainingDiverged
-from adaptlr.telemetry import Action, Event, Flag, Phase, Status
+from adaptlr.events import Event
+from adaptlr.telemetry import Action, Flag, Phase, Status
 
 __version__ = "0.1.0"
 

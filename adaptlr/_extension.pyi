@@ -18,6 +18,8 @@ state_dtype: Final[np.dtype[Any]]
 record_dtype: Final[np.dtype[Any]]
 
 MAX_GROUPS: Final[int]
+# Differences between successive losses that the noise is taken from.
+DIFFERENCES: Final[int]
 # Bits of the notices, beside those of Flag: the guard has ended the run, another writer was seen.
 FAILED_NOTICE: Final[int]
 OVERWRITTEN: Final[int]
@@ -44,6 +46,9 @@ kernel_sources: Final[dict[str, str]]
 
 def initial_state() -> _Row:
     """Return the State before the first step."""
+
+def resumed(config: _Row, state: _Row, /) -> _Row:
+    """Return the State to go on with where a run is resumed without its snapshots."""
 
 def schedule(config: _Row, step: float, /) -> float:
     """Return the schedule's multiplier of the peak at ``step``."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy.typing as npt
 import torch
 
 from adaptlr import _extension
@@ -16,9 +17,10 @@ from adaptlr.checkpoint import KEY, Checkpoint, pack, unpack
 from adaptlr.compiled import hook_of
 from adaptlr.config import ResolvedConfig
 from adaptlr.errors import TrainingDiverged
+from adaptlr.events import Event, make_events
 from adaptlr.hooks import replace_closure
 from adaptlr.host_path import HostPath
-from adaptlr.telemetry import Event, Flag, make_event
+from adaptlr.telemetry import Flag, Phase, restored_slot
 
 if TYPE_CHECKING:
     from adaptlr.capturable_path import CapturablePath
@@ -204,16 +206,22 @@ class Attachment:
         told = "\n".join(f"  step {e.step}: {e.reason}" for e in self.events()[-_TOLD_EVENTS:])
         raise TrainingDiverged(
             f"the guard has ended the run:\n{told}\n"
-            "The parameters are those of the last step taken. Try a smaller lr or gradient "
-            "clipping, and look at the batches of these steps; Guard(max_consecutive_skips=...) "
-            "survives longer stretches."
+            f"{self._what_is_left()} Try a smaller lr or gradient clipping, and look at the "
+            "batches of these steps; Guard(max_consecutive_skips=..., max_restarts=...) goes on "
+            "for longer."
         )
+
+    def _what_is_left(self) -> str:
+        row = self.path.core.events(0)[-1]
+        if restored_slot(row):
+            return "The parameters are those of the last good snapshot."
+        return "The parameters are those of the last step taken."
 
     # -- events ---------------------------------------------------------------
 
     def events(self) -> list[Event]:
         """Return what the control step did, and what was asked of it, oldest first."""
-        events = [make_event(row) for row in self.path.core.events(0)]
+        events = make_events(self.path.core.events(0))
         return sorted([*self._own_events, *events], key=lambda event: event.step)
 
     def say(self, kind: str, reason: str, *, step: int, lr: float, factor: float) -> None:
@@ -286,11 +294,22 @@ class Attachment:
         """Go on from a checkpoint that was `checked`."""
         self._apply(checkpoint, self.config)
         self.path.drop()
-        self.path.configure(checkpoint.state)
-        state = checkpoint.state
+        state = _extension.resumed(self.config.row, checkpoint.state)
+        self.path.configure(state)
         self.start_step = int(state["step"])
         if self.start_step == 0:
             return  # the state of a fresh run: Accelerate reloads it when it prepares an optimizer
         lr, factor = float(state["lr"]), float(state["factor"])
-        reason = f"resumed at step {self.start_step}"
+        reason = f"resumed at step {self.start_step}{_ended_phase(checkpoint.state, state)}"
         self.say("resume", reason, step=self.start_step, lr=lr, factor=factor)
+
+
+def _ended_phase(saved: npt.NDArray[Any], state: npt.NDArray[Any]) -> str:
+    """Say if an experiment could not go on for lack of its snapshots."""
+    if saved["phase"] == state["phase"]:
+        return ""
+    return (
+        f"; the {Phase(int(saved['phase'])).name.lower()} that was under way needs snapshots, "
+        "which a checkpoint does not hold: it ends with "
+        f"{float(state['cut_factor']):.3g} of the schedule"
+    )

@@ -3,7 +3,7 @@
 The tensor holds the bytes of float64 numbers, as uint8: there are devices without float64, and
 frameworks that cast the floating-point tensors of a state dict.
 
-Layout: version, number of State fields, number of groups, the length that the run was made with and
+Layout: version, length of the State, number of groups, the length that the run was made with and
     the one it has now (0: open-ended),
 the peaks that it was made with and those it has now, the State.
 """
@@ -18,11 +18,21 @@ import numpy.typing as npt
 import torch
 
 from adaptlr import _extension
+from adaptlr.telemetry import Phase, Slot
 
 KEY = "adaptlr"
-VERSION = 2
+VERSION = 3
 STATE_FIELDS: tuple[str, ...] = tuple(_extension.state_dtype.names or ())
+_STATE_NUMBERS = _extension.state_dtype.itemsize // 8
 _HEADER = 5
+_COUNTS = {name: np.inf for name in ("step", "samples", "norm_samples")} | {
+    "phase": max(Phase).value,
+    "fine.next_difference": _extension.DIFFERENCES - 1,
+    "coarse.next_difference": _extension.DIFFERENCES - 1,
+    "aside_slot": max(Slot).value,
+    "good_slot": max(Slot).value,
+    "pending_slot": max(Slot).value,
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +58,12 @@ def pack(checkpoint: Checkpoint) -> torch.Tensor:
     """Lay a checkpoint out as a uint8 tensor on the CPU."""
     head = (
         VERSION,
-        len(STATE_FIELDS),
+        _STATE_NUMBERS,
         len(checkpoint.peaks),
         checkpoint.made_steps,
         checkpoint.total_steps,
     )
-    state = [float(checkpoint.state[name]) for name in STATE_FIELDS]
+    state = np.frombuffer(checkpoint.state.tobytes(), dtype=np.float64)
     values = [*head, *checkpoint.made_peaks, *checkpoint.peaks, *state]
     return torch.from_numpy(np.array(values, dtype="<f8").view(np.uint8))
 
@@ -80,13 +90,13 @@ def unpack(tensor: object, group_count: int) -> Checkpoint:
             f"the checkpoint must be of {group_count} parameter groups, as the optimizer has, "
             f"got {groups}"
         )
-    expected = _HEADER + 2 * group_count + len(STATE_FIELDS)
-    if fields != len(STATE_FIELDS) or len(values) != expected:
+    expected = _HEADER + 2 * group_count + _STATE_NUMBERS
+    if fields != _STATE_NUMBERS or len(values) != expected:
         raise ValueError(f"the checkpoint must hold {expected} numbers, got {len(values)}")
     peaks = values[_HEADER : _HEADER + 2 * group_count]
     if not np.isfinite(peaks).all():
         raise ValueError(f"the checkpoint's peaks must be finite, got {peaks}")
-    state = np.array(tuple(values[-len(STATE_FIELDS) :]), dtype=_extension.state_dtype)
+    state = np.array(values[-_STATE_NUMBERS:]).view(_extension.state_dtype).reshape(())
     _check_state(state)
     return Checkpoint(
         made_steps,
@@ -104,14 +114,16 @@ def _counts(values: list[float]) -> list[int]:
 
 
 def _check_state(state: npt.NDArray[Any]) -> None:
-    bad = [name for name in STATE_FIELDS if not np.isfinite(state[name])]
+    bad = [name for name in STATE_FIELDS if not np.isfinite(state[name]).all()]
     if bad:
-        raise ValueError(f"the checkpoint's {bad[0]} must be finite, got {float(state[bad[0]])}")
-    for name in ("step", "samples", "norm_samples", "phase"):
-        if state[name] < 0 or state[name] != np.floor(state[name]):
-            raise ValueError(f"the checkpoint's {name} must be a count, got {float(state[name])}")
-    if state["phase"] > 4 or not 0.0 < state["factor"] <= 1.0:
-        raise ValueError(
-            f"the checkpoint's phase and factor must lie in [0, 4] and (0, 1], got "
-            f"{float(state['phase']):g} and {float(state['factor']):g}"
-        )
+        raise ValueError(f"the checkpoint's {bad[0]} must be finite, got {state[bad[0]]}")
+    for name, most in _COUNTS.items():
+        value = float(state[name])
+        if not 0.0 <= value <= most or value != np.floor(value):
+            at_most = "" if most == np.inf else f" of at most {most}"
+            raise ValueError(f"the checkpoint's {name} must be a count{at_most}, got {value:g}")
+    for name in ("factor", "cut_factor"):
+        if state[name] < 0.0:
+            raise ValueError(
+                f"the checkpoint's {name} must be at least 0, got {float(state[name]):g}"
+            )

@@ -17,8 +17,9 @@ from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable
 from adaptlr.attachment import FAILED, Attachment
 from adaptlr.checkpoint import KEY
 from adaptlr.config import Decay, Guard, ResolvedConfig, require
+from adaptlr.events import Event
 from adaptlr.hooks import Hooks, unwrap
-from adaptlr.telemetry import Event, Status, initial_status, make_status
+from adaptlr.telemetry import Status, initial_status, make_status
 
 logger = logging.getLogger("adaptlr")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -19,6 +18,10 @@ class Phase(IntEnum):
     HOLD = 2
     REGROW = 3
     FAILED = 4
+    TRIAL = 5
+    RESCUE = 6
+    TEST = 7
+    PROBE = 8
 
 
 class Action(IntEnum):
@@ -26,6 +29,35 @@ class Action(IntEnum):
 
     NONE = 0
     SKIP = 1
+
+
+class Slot(IntEnum):
+    """Places for snapshots."""
+
+    NONE = 0
+    START = 1
+    FIRST = 2
+    SECOND = 3
+
+
+_SLOT_BITS = 15
+_SAVE_SHIFT = 4
+_RESTORE_SHIFT = 8
+
+
+def action_of(row: npt.NDArray[Any]) -> Action:
+    """Return what the step of a record was told to do."""
+    return Action(int(row["action"]) & _SLOT_BITS)
+
+
+def saved_slot(row: npt.NDArray[Any]) -> Slot:
+    """Return the slot that the step of a record has filled."""
+    return Slot(int(row["action"]) >> _SAVE_SHIFT & _SLOT_BITS)
+
+
+def restored_slot(row: npt.NDArray[Any]) -> Slot:
+    """Return the slot that the step of a record has put back."""
+    return Slot(int(row["action"]) >> _RESTORE_SHIFT & _SLOT_BITS)
 
 
 class Flag(IntFlag):
@@ -40,9 +72,10 @@ class Flag(IntFlag):
     OVERWRITTEN = 64
     ENDED = 128
     NORM_SPIKE = 256
-
-
-ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE
+    LOST = 512
+    ABOVE = 1024
+    NO_PROGRESS = 2048
+    STALL = 4096
 
 
 @dataclass(frozen=True)
@@ -57,7 +90,7 @@ class Status:
         slope: Its trend, in units of the loss a step.
         t_statistic: The slope in standard errors; beyond ±3 it is hardly chance.
         lr: Learning rate of the largest group in the last step.
-        factor: What the guard multiplies the scheduled rate by, in (0, 1].
+        factor: What the guard multiplies the scheduled rate by; above 0.
         phase: Where the guard stands.
         flags: What the charts said about the last step.
         action: What the last step was told to do.
@@ -93,7 +126,7 @@ def make_status(row: npt.NDArray[Any], lag: int, dropped: int) -> Status:
         **{name: float(row[name]) for name in numbers},
         phase=Phase(int(row["phase"])),
         flags=Flag(int(row["flags"])),
-        action=Action(int(row["action"])),
+        action=action_of(row),
         lag=lag,
         dropped=dropped,
     )
@@ -105,88 +138,3 @@ def initial_status(step: int, lr: float) -> Status:
     return Status(
         step, nan, nan, nan, nan, nan, lr, 1.0, Phase.RUN, Flag(0), Action.NONE, lag=0, dropped=0
     )
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that the controller did, or noticed.
-
-    Attributes:
-        step: The optimizer step, from 0, at which it happened.
-        kind: ``"skip"``, ``"overflow"``, ``"cut"``, ``"alarm"`` (noticed, not acted on),
-            ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``, ``"ended"``, ``"resume"``,
-            ``"extend"`` or ``"set_peak"``.
-        reason: One sentence with the numbers.
-        lr: Learning rate of the largest group in that step.
-        factor: What the guard multiplies the scheduled rate by from here on.
-    """
-
-    step: int
-    kind: str
-    reason: str
-    lr: float
-    factor: float
-
-
-def make_event(row: npt.NDArray[Any], rewarm_start: float = 0.1) -> Event:
-    """Explain one record of the event ring."""
-    kind = _kind(row)
-    reason = _REASONS[kind](row) if kind in _REASONS else _alarm_reason(row, kind, rewarm_start)
-    return Event(int(row["step"]), kind, reason, float(row["lr"]), float(row["factor"]))
-
-
-def _kind(row: npt.NDArray[Any]) -> str:
-    flags, phase = Flag(int(row["flags"])), Phase(int(row["phase"]))
-    changed = phase != Phase(int(row["previous_phase"]))
-    if changed and phase is Phase.FAILED:
-        return "failed"
-    if phase is Phase.REWARM and (changed or row["factor"] < row["previous_factor"]):
-        return "cut"
-    if flags & Flag.NONFINITE:
-        return "skip" if row["action"] == Action.SKIP else "alarm"
-    if flags & Flag.OVERFLOW:
-        return "overflow"
-    if flags & ALARMS:
-        return "alarm"
-    return phase.name.lower() if changed else "ended"
-
-
-def _nonfinite(row: npt.NDArray[Any]) -> str:
-    if math.isfinite(float(row["loss"])):
-        return f"the gradient norm is {float(row['grad_norm']):g}"
-    return f"the loss is {float(row['loss']):g}"
-
-
-def _what_alarmed(row: npt.NDArray[Any]) -> str:
-    flags = Flag(int(row["flags"]))
-    level = f"level {row['level']:.4g}, noise {row['scale']:.2g}"
-    if flags & Flag.DIVERGE:
-        return f"the loss runs away (loss {row['loss']:.4g}, {level}, cusum {row['cusum']:.1f})"
-    if flags & Flag.WORSE:
-        return f"the loss is above where the run began ({level})"
-    return f"the loss drifts upwards ({level}, {row['rise']:.1f} standard errors above its best)"
-
-
-def _alarm_reason(row: npt.NDArray[Any], kind: str, rewarm_start: float) -> str:
-    if kind == "alarm":
-        what = _nonfinite(row) if row["flags"] & Flag.NONFINITE else _what_alarmed(row)
-        return f"{what}; nothing was changed"
-    target = float(row["factor"]) / rewarm_start
-    return (
-        f"{_what_alarmed(row)}; step skipped, learning rate cut to {target:.3g} of its schedule "
-        f"(it stood at {float(row['previous_factor']):.3g}) and warmed up again"
-    )
-
-
-_REASONS: dict[str, Callable[[npt.NDArray[Any]], str]] = {
-    "skip": lambda row: f"{_nonfinite(row)}; step skipped",
-    "overflow": lambda row: "GradScaler found an infinite gradient; step skipped",
-    "failed": lambda row: (
-        f"{_nonfinite(row) if row['flags'] & Flag.NONFINITE else 'gradients overflow'} once more "
-        "and the budget of consecutive skips is spent; no further step is taken"
-    ),
-    "hold": lambda row: f"re-warmed to {float(row['factor']):.3g} of the schedule; holding",
-    "regrow": lambda row: "the loss has been quiet; the learning rate grows again",
-    "run": lambda row: f"regrown to {float(row['factor']):.3g} of the schedule, and left there",
-    "ended": lambda row: "total_steps are over; the last non-zero learning rate is kept",
-}

@@ -140,12 +140,12 @@ void define_state(py::module_& module) {
   };
   add_progress("fine", offset_of<State>(&State::fine));
   add_progress("coarse", offset_of<State>(&State::coarse));
-  const std::vector<Field> rest =
-      ADAPTLR_FIELDS(State, step, lr, phase, phase_step, factor, cut_factor, ceiling, onset_lr,
-                     streak, last_alarm, consecutive_skips, consecutive_overflows, skips, cuts,
-                     restarts, origin_step, restarted, first_lr, ramp_lr, ramp_growth, ramp_start,
-                     ramp_limit, trial_factor, trial_level, trials, tested, soft_step, ramp_level,
-                     ramp_log_lr, probe_sum, aside_slot, good_slot, pending_slot, pending_step);
+  const std::vector<Field> rest = ADAPTLR_FIELDS(
+      State, fine_differences, coarse_differences, step, lr, phase, phase_step, factor, cut_factor,
+      ceiling, onset_lr, streak, last_alarm, consecutive_skips, consecutive_overflows, skips, cuts,
+      restarts, origin_step, restarted, first_lr, ramp_lr, ramp_growth, ramp_start, ramp_limit,
+      trial_factor, trial_level, trials, tested, soft_step, ramp_level, ramp_log_lr, probe_sum,
+      aside_slot, good_slot, pending_slot, pending_step);
   fields.insert(fields.end(), rest.begin(), rest.end());
   define_layout<State>(module, "state_dtype", fields);
 }
@@ -165,6 +165,7 @@ void define_layouts(py::module_& module) {
                                        target_factor, phase, previous_phase, flags, action,
                                        checksum));
   module.attr("MAX_GROUPS") = kMaxGroups;
+  module.attr("DIFFERENCES") = kDifferences;
   module.attr("FAILED_NOTICE") = kFailedNotice;
 }
 
@@ -319,6 +320,9 @@ PYBIND11_MODULE(_extension, module) {
   module.doc() = "The control step on the host and on the GPU. See docs/algorithm.md.";
   define_layouts(module);
   module.def("initial_state", [] { return to_row(initial_state()); });
+  module.def("resumed", [](const py::array& config, const py::array& state) {
+    return to_row(resumed(from_row<Config>(config), from_row<State>(state)));
+  });
   module.def("schedule", [](const py::array& config, double step) {
     return schedule(from_row<Config>(config), step);
   });

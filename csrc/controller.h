@@ -54,8 +54,14 @@ ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measure
   record.previous_phase = static_cast<int16_t>(state.phase);
 }
 
-ADAPTLR_HOST_DEVICE inline void complete_record(const Decision& decision, const State& state,
-                                                Record& record) {
+/// The step as the guard left it. An event of the collapse charts shows what they saw.
+ADAPTLR_HOST_DEVICE inline void complete_record(const Decision& decision, const Reading& reading,
+                                                const State& state, Record& record) {
+  if (decision.event && reading.flags) {
+    record.level = reading.level;
+    record.scale = reading.noise;
+    record.rise = reading.rise;
+  }
   record.lr = state.lr;
   record.factor = state.factor;
   record.target_factor = state.cut_factor;
@@ -94,7 +100,7 @@ ADAPTLR_HOST_DEVICE inline Reading measure(const Config& config, const Signals& 
   decision.flags |= gradient_flags(signals) | detect(signals.loss, curve, scale);
   if (is_sample(signals, decision.flags))
     decision.flags |= detect_norm(signals.grad_norm, curve);
-  Reading reading{0, 0.0, 0.0};
+  Reading reading{};
   if (config.guard_mode != GuardMode::kOff && is_finite(signals.loss))
     reading =
         watch_progress(config, signals.loss, log_lr_behind(config, state), differences, state);
@@ -135,7 +141,7 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
   const bool failed = is_in(Phase::kFailed, state);
   const double previous_phase = state.phase;
   double scale = failed ? scale_of(state) : 0.0;
-  Reading reading{0, 0.0, 0.0};
+  Reading reading{};
   if (!failed)
     reading = measure(config, signals, differences, state, scale, decision);
   fill_record(signals, !failed && is_finite(signals.loss), scale, state, record);
@@ -147,7 +153,7 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
   decision.event = is_event(config, decision.flags, previous_phase, state);
   set_lr(config, signals, state, decision);
   state.step += 1.0;
-  complete_record(decision, state, record);
+  complete_record(decision, reading, state, record);
   return decision;
 }
 

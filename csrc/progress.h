@@ -58,11 +58,14 @@ struct Window {
   double stall; // samples without a new lowest level
 };
 
-/// What the charts found; in standard errors.
+/// What the charts found; in standard errors, where not told otherwise.
 struct Reading {
   int32_t flags;
   double fast_rise; // of the fast level above its lowest
   double gain;      // of the fast level below the first loss
+  double rise;      // the largest behind `flags`
+  double level;     // loss
+  double noise;     // loss
 };
 
 ADAPTLR_HOST_DEVICE inline double level_gain(double gain, double n) {
@@ -156,6 +159,9 @@ ADAPTLR_HOST_DEVICE inline int32_t hard_charts(double fast_variance, double slow
                          slow > kLostShare * larger(p.first_loss - p.lowest_slow_level, 0.0);
   const double above = (p.fast_level - p.first_loss) * precision *
                        inverse_square_root(1.0 + tau * fast_variance) * sensitivity;
+  reading.rise = larger(reading.fast_rise, larger(slow_rise, above));
+  reading.level = p.fast_level;
+  reading.noise = p.noise;
   return (fast_lost || slow_lost ? kLost : 0) |
          (p.count >= 3.0 && above > kAboveErrors ? kAbove : 0);
 }
@@ -180,7 +186,7 @@ ADAPTLR_HOST_DEVICE inline int32_t soft_charts(double fast_variance, const Windo
 ADAPTLR_HOST_DEVICE inline Reading track_progress(double loss, double log_lr,
                                                   const Medians& medians, const Window& window,
                                                   double sensitivity, Progress& p) {
-  Reading reading{0, 0.0, 0.0};
+  Reading reading{};
   p.count = smaller(p.count + 1.0, kMaxSamples);
   if (p.count == 1.0) {
     begin(loss, log_lr, p);
@@ -259,7 +265,9 @@ ADAPTLR_HOST_DEVICE inline Reading watch_progress(const Config& config, double l
     return fine;
   const Reading coarse =
       track_coarse(mean, log_lr, differences.coarse, window, sensitivity, state.coarse);
-  return Reading{fine.flags | (coarse.flags & ~kHard), coarse.fast_rise, coarse.gain};
+  Reading both = fine.flags ? fine : coarse;
+  both.flags = fine.flags | (coarse.flags & ~kHard);
+  return both;
 }
 
 /// Puts the difference to the last sample into the window and returns the medians that follow.

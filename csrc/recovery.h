@@ -28,7 +28,6 @@ constexpr double kTrialErrors = 2.5;
 constexpr double kMaxTrials = 3.0;
 constexpr double kTestErrors = 3.0;
 constexpr double kSoftPause = 24.0; // samples after a trial
-constexpr double kNever = 1e18;
 
 constexpr double kProbeSteps = 8.0;
 constexpr double kProbeShift = 1.2; // mean score of a probe: 3.4 standard errors

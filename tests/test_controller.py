@@ -309,7 +309,7 @@ def test_a_gradient_norm_far_above_its_level_is_flagged_and_nothing_else_is_done
     norms = 1.0 + 0.1 * np.random.default_rng(0).standard_normal(40)
     norms[30] = 100.0
     for step, norm in enumerate(norms):
-        controller.step(1.0, grad_norm=torch.tensor(norm))
+        controller.step(1.0 - 0.01 * step, grad_norm=torch.tensor(norm))
         assert (controller.status().flags == Flag.NORM_SPIKE) == (step == 30)
     history = controller.history()
     assert np.flatnonzero(history["flags"]).tolist() == [30]

@@ -10,6 +10,7 @@ import torch
 from conftest import loss_of, parameters_of, same
 
 from adaptlr import AdaptiveLR, Guard, Schedule
+from adaptlr._extension import state_dtype
 
 
 def short(case: object) -> str:
@@ -194,16 +195,24 @@ def with_entry(index: int, value: float):
     return change
 
 
+def with_state(name: str, value: float):
+    """Return what changes a field of the State, which lies behind a header and two peaks."""
+    return with_entry(7 + state_dtype.fields[name][1] // 8, value)
+
+
 CHECKPOINTS = {
-    "version": (with_entry(0, 1.0), "version must be 2, got 1"),
+    "version": (with_entry(0, 1.0), "version must be 3, got 1"),
     "groups": (with_entry(2, 3.0), "must be of 1 parameter groups, as the optimizer has, got 3"),
     "cut short": (lambda tensor: tensor[:160], "must hold"),
     "cut in a number": (lambda tensor: tensor[:161], "must be bytes of float64, got 161"),
     "cast": (lambda tensor: tensor.half(), "must be bytes of float64"),
-    "empty": (lambda tensor: tensor[:0], "version must be 2, got nothing"),
-    "nan": (with_entry(-8, math.nan), "must be finite, got nan"),
-    "step": (with_entry(7, 2.5), "step must be a count, got 2.5"),
-    "factor": (with_entry(-10, 7.0), "must lie in"),
+    "empty": (lambda tensor: tensor[:0], "version must be 3, got nothing"),
+    "nan": (with_state("cuts", math.nan), "cuts must be finite, got nan"),
+    "step": (with_state("step", 2.5), "step must be a count, got 2.5"),
+    "factor": (with_state("factor", -1.0), "factor must be at least 0, got -1"),
+    "phase": (with_state("phase", 9.0), "phase must be a count of at most 8, got 9"),
+    "index": (with_state("fine.next_difference", 24.0), "must be a count of at most 23, got 24"),
+    "slot": (with_state("good_slot", 4.0), "good_slot must be a count of at most 3, got 4"),
     "peak": (with_entry(6, -1.0), "must be finite and not negative, got -1.0"),
     "length": (with_entry(4, -5.0), "total_steps must be at least 1, got -5"),
     "length nan": (with_entry(3, math.nan), "must begin with counts, got"),

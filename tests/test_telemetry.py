@@ -114,7 +114,7 @@ def test_each_alarm_is_explained_by_the_numbers_that_caused_it(name):
     assert record["flags"] & Flag[name]
     assert f"level {record['level']:.4g}" in cut.reason
     assert record["action"] == Action.SKIP
-    assert cut.factor == record["factor"] < record["previous_factor"] == 1.0
+    assert record["factor"] < cut.factor == record["target_factor"] < 1.0
 
 
 def test_enumerations_are_those_of_the_extension():

@@ -1,0 +1,214 @@
+"""What the controller did, in sentences with the numbers that made it do so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+
+from adaptlr.telemetry import Action, Flag, Phase, Slot, action_of, restored_slot
+
+Row: TypeAlias = npt.NDArray[Any]
+
+ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE | Flag.LOST | Flag.ABOVE
+SOFT_ALARMS = Flag.NO_PROGRESS | Flag.STALL
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that the controller did, or noticed.
+
+    Attributes:
+        step: The optimizer step, from 0, at which it happened.
+        kind: ``"skip"``, ``"overflow"``, ``"alarm"`` (noticed, not acted on), ``"cut"``,
+            ``"restart"``, ``"rescue"``, ``"trial"``, ``"kept"``, ``"test"``, ``"undone"``,
+            ``"probe"``, ``"shift"``, ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``,
+            ``"ended"``, ``"resume"``, ``"extend"`` or ``"set_peak"``.
+        reason: One sentence with the numbers.
+        lr: Learning rate of the largest group in that step.
+        factor: What the guard multiplies the scheduled rate by, once re-warmed.
+    """
+
+    step: int
+    kind: str
+    reason: str
+    lr: float
+    factor: float
+
+
+def make_events(rows: Iterable[Row]) -> list[Event]:
+    """Turn the records of the event ring, oldest first, into events."""
+    events, factor = [], 1.0
+    for row in rows:
+        kind = _kind(row, factor)
+        target = float(row["target_factor"])
+        reason = _REASONS[kind](row, factor)
+        events.append(Event(int(row["step"]), kind, reason, float(row["lr"]), target))
+        factor = target
+    return events
+
+
+_ENTERED = {
+    Phase.RESCUE: "rescue",
+    Phase.TRIAL: "trial",
+    Phase.TEST: "test",
+    Phase.PROBE: "probe",
+    Phase.HOLD: "hold",
+    Phase.REGROW: "regrow",
+    Phase.FAILED: "failed",
+}
+_LEFT = {Phase.TEST: "undone", Phase.PROBE: "shift"}
+
+
+def _kind(row: Row, factor: float) -> str:
+    flags, phase = Flag(int(row["flags"])), Phase(int(row["phase"]))
+    previous = Phase(int(row["previous_phase"]))
+    restored = restored_slot(row)
+    if phase in _ENTERED and (phase != previous or restored):
+        return _ENTERED[phase]
+    if phase is Phase.REWARM and restored:
+        return "restart"
+    if phase is Phase.REWARM and (phase != previous or flags & ALARMS):
+        return "cut"
+    if phase is Phase.RUN and previous is Phase.TRIAL:
+        return "kept" if row["target_factor"] <= factor else "undone"
+    if phase is Phase.RUN and previous in _LEFT:
+        return _LEFT[previous]
+    return _kind_within_a_phase(row, flags, phase != previous)
+
+
+def _kind_within_a_phase(row: Row, flags: Flag, changed: bool) -> str:
+    if flags & Flag.NONFINITE:
+        return "skip" if action_of(row) is Action.SKIP else "alarm"
+    if flags & Flag.OVERFLOW:
+        return "overflow"
+    if flags & ALARMS:
+        return "alarm"
+    return "run" if changed else "ended"
+
+
+def _nonfinite(row: Row) -> str:
+    if math.isfinite(float(row["loss"])):
+        return f"the gradient norm is {float(row['grad_norm']):g}"
+    return f"the loss is {float(row['loss']):g}"
+
+
+def _level(row: Row) -> str:
+    return f"level {float(row['level']):.4g}, noise {float(row['scale']):.2g}"
+
+
+def _seen(row: Row) -> str:
+    """Say what the charts saw, or that no chart did."""
+    flags, level = Flag(int(row["flags"])), _level(row)
+    errors = f"{float(row['rise']):.1f} standard errors"
+    loss = f"loss {float(row['loss']):.4g}"
+    if flags & Flag.LOST:
+        return f"the progress made is lost ({level}, {errors} above its lowest)"
+    if flags & Flag.ABOVE:
+        return f"the loss has risen above the first one ({level}, {errors})"
+    if flags & Flag.DIVERGE:
+        return f"the loss runs away ({loss}, {level}, cusum {float(row['cusum']):.1f})"
+    if flags & Flag.WORSE:
+        return f"the loss is above where the run began ({level})"
+    if flags & Flag.DRIFT:
+        return f"the loss drifts upwards ({level}, {errors} above its best)"
+    if flags & Flag.NO_PROGRESS:
+        return f"the loss is where it began ({level})"
+    if flags & Flag.STALL:
+        return f"the loss has stopped falling, {errors} above its lowest ({level})"
+    if flags & Flag.NONFINITE:
+        return f"{_nonfinite(row)} once more"
+    return ""
+
+
+def _restored(row: Row) -> str:
+    slot = restored_slot(row)
+    where = "from the start" if slot is Slot.START else "from the last good snapshot"
+    return f"weights and optimizer state {where} are put back"
+
+
+def _cut(row: Row, factor: float) -> str:
+    what = _seen(row) or "the loss is back with the snapshot's weights, so lr was to blame"
+    return (
+        f"{what}; step skipped, learning rate cut to {float(row['target_factor']):.3g} of its "
+        f"schedule (it stood at {factor:.3g}) and warmed up again"
+    )
+
+
+def _restart(row: Row, factor: float) -> str:
+    previous = Phase(int(row["previous_phase"]))
+    found = {
+        Phase.TEST: "from the start a lower learning rate got lower",
+        Phase.RESCUE: "the ramp has shown which learning rate holds",
+    }
+    what = _seen(row) or found.get(previous, "a lower learning rate had got lower before")
+    return (
+        f"{what}; {_restored(row)}, learning rate set to {float(row['target_factor']):.3g} of its "
+        f"schedule (it stood at {factor:.3g}) and warmed up again"
+    )
+
+
+def _failed(row: Row, factor: float) -> str:
+    flags = Flag(int(row["flags"]))
+    if flags & Flag.OVERFLOW:
+        what = "gradients overflow once more and the budget of consecutive skips is spent"
+    elif flags & Flag.NONFINITE and not flags & ALARMS:
+        what = f"{_nonfinite(row)} once more and the budget of consecutive skips is spent"
+    else:
+        what = f"{_seen(row)} and the budget of restarts is spent"
+    return (
+        f"{what}; {_restored(row)}; no further step is taken"
+        if restored_slot(row)
+        else (f"{what}; no further step is taken")
+    )
+
+
+_REASONS: dict[str, Callable[[Row, float], str]] = {
+    "skip": lambda row, _: f"{_nonfinite(row)}; step skipped",
+    "overflow": lambda row, _: "GradScaler found an infinite gradient; step skipped",
+    "alarm": lambda row, _: f"{_alarm(row)}; nothing was changed",
+    "cut": _cut,
+    "restart": _restart,
+    "rescue": lambda row, _: (
+        f"{_seen(row)} and nothing was learned before; {_restored(row)}, learning rate grows from "
+        f"{float(row['lr']):.2g} to find one that holds"
+    ),
+    "trial": lambda row, factor: (
+        f"{_seen(row)}; {float(row['target_factor']):.3g} of the schedule is tried in place of "
+        f"{factor:.3g}"
+    ),
+    "kept": lambda row, _: (
+        f"a new lowest level ({_level(row)}); the lower learning rate is kept, "
+        f"{float(row['target_factor']):.3g} of the schedule"
+    ),
+    "test": lambda row, _: (
+        f"{_seen(row) or 'a lower learning rate did not help'}; the present state is set aside, "
+        f"{_restored(row)}, learning rate grows from {float(row['lr']):.2g} to see whether a lower "
+        "one gets lower"
+    ),
+    "undone": lambda row, _: (
+        "the lower learning rate got no lower; "
+        + ("the state set aside is back, " if restored_slot(row) else "")
+        + f"learning rate at {float(row['target_factor']):.3g} of its schedule as before"
+    ),
+    "probe": lambda row, _: (
+        f"{_seen(row)}; {_restored(row)} to see, without an update, whether the loss is lower there"
+    ),
+    "shift": lambda row, _: (
+        "the loss is as high with weights that are known to be good, so the data has changed; the "
+        "state set aside is back, and nothing is cut"
+    ),
+    "failed": _failed,
+    "hold": lambda row, _: f"re-warmed to {float(row['factor']):.3g} of the schedule; holding",
+    "regrow": lambda row, _: "the loss has been quiet; the learning rate grows again",
+    "run": lambda row, _: f"at {float(row['target_factor']):.3g} of the schedule, and left there",
+    "ended": lambda row, _: "total_steps are over; the last non-zero learning rate is kept",
+}
+
+
+def _alarm(row: Row) -> str:
+    flags = Flag(int(row["flags"]))
+    return _nonfinite(row) if flags & Flag.NONFINITE else _seen(row)
