@@ -25,7 +25,7 @@ VERSION = 3
 STATE_FIELDS: tuple[str, ...] = tuple(_extension.state_dtype.names or ())
 _STATE_NUMBERS = _extension.state_dtype.itemsize // 8
 _HEADER = 5
-_COUNTS = {name: np.inf for name in ("step", "samples", "norm_samples")} | {
+_COUNTS = dict.fromkeys(("step", "samples", "norm_samples"), np.inf) | {
     "phase": max(Phase).value,
     "fine.next_difference": _extension.DIFFERENCES - 1,
     "coarse.next_difference": _extension.DIFFERENCES - 1,

@@ -1,5 +1,5 @@
 // Robust statistics of the loss curve and of the gradient norm, and the charts that watch them:
-// sections 2, 3 and 5 of docs/algorithm.md.
+// sections 2, 3 and 7 of docs/algorithm.md.
 #pragma once
 
 #include "arithmetic.h"
@@ -224,8 +224,8 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, Curve& state, double& sca
   return flags | level_charts(scale, tau, state);
 }
 
-/// Takes one gradient norm in, which is finite, and says whether it is a spike (equations 11 and
-/// 12). Nothing here touches the statistics of the loss.
+/// Takes one gradient norm in, which is finite, and says whether it is a spike (equations 12 and
+/// 13). Nothing here touches the statistics of the loss.
 ADAPTLR_HOST_DEVICE inline int32_t detect_norm(double norm, Curve& state) {
   constexpr double kLeastVariance = kMinNormScale * kMinNormScale;
   state.norm_samples = smaller(state.norm_samples + 1.0, kMaxSamples);

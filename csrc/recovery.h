@@ -1,4 +1,4 @@
-// Rollbacks and experiments: what is done where a smaller lr alone brings nothing back. Section 5
+// Rollbacks and experiments: what is done where a smaller lr alone brings nothing back. Section 6
 // of docs/algorithm.md.
 #pragma once
 

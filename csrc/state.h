@@ -176,8 +176,8 @@ struct Curve {
 
 /// All that is measured; set aside and put back with the weights.
 struct Statistics : Curve {
-  double block_sum; // of the losses for the next sample of `coarse`
-  double block_count;
+  double block_sum;                      // of the losses for the next sample of `coarse`
+  double block_count;                    // losses in block_sum
   Progress fine;                         // of every loss
   Progress coarse;                       // of means of block_steps losses; unused where that is 1
   double fine_differences[kDifferences]; // between successive samples, in size; the last ones

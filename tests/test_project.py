@@ -152,11 +152,16 @@ def test_public_methods_are_documented(name):
 
 
 def struct_fields(struct: str) -> dict[str, str]:
-    """Fields of a struct of state.h, each with the comment on its line."""
-    body = re.search(rf"^struct {struct} {{$(.*?)^}};$", text_of("csrc/state.h"), re.M | re.S)
-    assert body is not None
-    field = r"^ +\w+ (\w+)(?:\[\w+\])?;(?: *// *(.*))?$"
-    return dict(re.findall(field, body[1], re.MULTILINE))
+    """Fields of a struct of state.h and of its bases, each with the comment on its line."""
+    pattern = rf"^struct {struct}(?: : (\w+))? {{$(.*?)^}};$"
+    found = re.search(pattern, text_of("csrc/state.h"), re.M | re.S)
+    assert found is not None
+    fields = struct_fields(found[1]) if found[1] else {}
+    field = r"^ +(\w+) (\w+)(?:\[\w+\])?;(?: *// *(.*))?$"
+    for kind, name, comment in re.findall(field, found[2], re.MULTILINE):
+        inner = struct_fields(kind) if kind == "Progress" else {}
+        fields |= {f"{name}.{part}": text for part, text in inner.items()} or {name: comment}
+    return fields
 
 
 @pytest.mark.parametrize("struct", ["Config", "State", "Record"])
@@ -180,7 +185,7 @@ def test_every_field_is_explained(struct):
     specification = text_of("docs/algorithm.md")
     explained = {name for name, comment in struct_fields("State").items() if comment}
     for name, comment in struct_fields(struct).items():
-        base = name.removeprefix("previous_")
+        base = name.removeprefix("previous_").removeprefix("target_")
         known = base in explained or re.search(rf"`{base}`|\b{base}\b", specification)
         assert comment or known, name
 
