@@ -28,6 +28,9 @@ constexpr int kMaxGroups = 64;
 /// others take turns.
 enum Slot : int32_t { kNoSlot, kStart, kFirst, kSecond };
 constexpr int kSlots = 3;
+/// Record::action is action | save << kSaveShift | restore << kRestoreShift.
+constexpr int kSaveShift = 4;
+constexpr int kRestoreShift = 8;
 
 enum class Decay : int64_t {
   kCosine,
