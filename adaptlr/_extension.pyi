@@ -247,11 +247,11 @@ class DeviceController:
     @property
     def dropped_events(self) -> int: ...
 
-class PinnedMemory:
-    """Host memory that kernels reach. Stays allocated until ``free``."""
+class SlotMemory:
+    """Host memory that kernels reach; freed with the object."""
 
     def __init__(self, device: int, bytes: int) -> None: ...
     @property
     def address(self) -> int: ...
     def free(self) -> None:
-        """Free it; no kernel may use it any more."""
+        """Free it, after all work on the device."""

@@ -9,13 +9,12 @@ import torch
 
 from adaptlr.checkpoint import KEY
 
-# Keys of a group that belong to the user, a scheduler or the controller. Other numbers there are
+# Keys of a group that belong to the user, a scheduler or the controller. Other numbers there may be
 # the optimizer's own memory: Prodigy's d, the k of schedule-free optimizers.
 _SETTINGS = frozenset(
     (
-        *("params", "lr", "initial_lr", "min_lr", "max_lr", "weight_decay", "momentum"),
-        *("dampening", "eps", "max_iter", "max_eval", "tolerance_grad", "tolerance_change"),
-        *("history_size", KEY),
+        *("params", "lr", "initial_lr", "min_lr", "max_lr", "lr_scale", "weight_decay"),
+        *("momentum", "dampening", "eps", "alpha", "rho", KEY),
     )
 )
 
@@ -52,8 +51,10 @@ class Contents:
     def group_values(self) -> list[dict[str, Any]]:
         """Return the numbers and tensors in every group that are the optimizer's memory.
 
-        A bool is a flag that the user sets.
+        A bool is a flag that the user sets. torch's own optimizers keep no memory there.
         """
+        if type(self.optimizer).__module__.startswith("torch.optim."):
+            return [{} for _ in self.optimizer.param_groups]
         return [
             {
                 key: value

@@ -125,7 +125,7 @@ class DeviceSlots:
 
     def _allocate(self, size: int) -> Any:
         if self._where == "host":
-            return _extension.PinnedMemory(self._device.index, size)
+            return _extension.SlotMemory(self._device.index, size)
         return _DeviceMemory(self._device, size)
 
     def _publish(self, known: int) -> None:

@@ -185,6 +185,7 @@ class Snapshots:
             self._device.lay_out(placement.slots, placement.where)
             self._cover()
             path.table = self._device.table
+            path.copied = path.launched  # what an earlier step ordered is not for these slots
             path.events, self._seen = path.core.written_events, path.core.written
             self._checks, path.watches = _CHECKED_STEPS, True
         self._host.fill(START)

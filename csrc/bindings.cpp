@@ -274,19 +274,13 @@ void define_device_controller(py::module_& module) {
 static_assert(kChangedBytes == offsetof(DeviceBlock, ring), "what a step changes comes first");
 static_assert(kStagedBytes == offsetof(DeviceBlock, lr), "then what it only reads");
 
-/// Host memory for slots: the kernel reads and writes it through the bus. Not freed on its own,
-/// because a kernel may still use it: see free().
-void define_pinned_memory(py::module_& module) {
-  py::class_<driver::PinnedMemory>(module, "PinnedMemory")
-      .def(py::init([](int device, std::size_t bytes) {
-             return driver::PinnedMemory(driver::primary_context(device), bytes);
-           }),
-           py::arg("device"), py::arg("bytes"))
-      .def_property_readonly("address",
-                             [](const driver::PinnedMemory& m) {
-                               return reinterpret_cast<std::uintptr_t>(m.device());
-                             })
-      .def("free", &driver::PinnedMemory::free);
+void define_slot_memory(py::module_& module) {
+  py::class_<SlotMemory>(module, "SlotMemory")
+      .def(py::init<int, std::size_t>(), py::arg("device"), py::arg("bytes"))
+      .def_property_readonly(
+          "address",
+          [](const SlotMemory& m) { return reinterpret_cast<std::uintptr_t>(m.address()); })
+      .def("free", &SlotMemory::free);
 }
 
 static_assert(sizeof(Piece) == 5 * sizeof(int64_t), "adaptlr/device_slots.py writes rows of five");
@@ -342,6 +336,6 @@ PYBIND11_MODULE(_extension, module) {
   define_host_loop(module);
   define_device_loop(module);
   define_device_controller(module);
-  define_pinned_memory(module);
+  define_slot_memory(module);
   define_kernels(module);
 }

@@ -181,6 +181,17 @@ void DeviceController::wait(int64_t lag) {
     events_[(marks_ - lag) % events_.size()]->synchronize();
 }
 
+SlotMemory::SlotMemory(int device, std::size_t bytes)
+    : context_(driver::primary_context(device)), memory_(context_, bytes) {}
+
+void SlotMemory::free() noexcept {
+  if (memory_.host() == nullptr)
+    return;
+  const driver::RelaxedCapture relaxed;
+  if (driver::synchronize(context_))
+    memory_.free();
+}
+
 double DeviceController::factor() const {
   const std::vector<Record> newest = flight_record_.newest();
   if (newest.empty() || newest.back().sequence <= configured_)

@@ -84,4 +84,24 @@ private:
   bool captured_ = false;  // a graph holds the kernels and the addresses
 };
 
+/// Host memory that kernels read and write through the bus, for slots. Freed once no kernel can use
+/// it any more; leaked if that cannot be known.
+class SlotMemory {
+public:
+  SlotMemory(int device, std::size_t bytes);
+  ~SlotMemory() { free(); }
+  SlotMemory(const SlotMemory&) = delete;
+  SlotMemory& operator=(const SlotMemory&) = delete;
+
+  /// As the device sees it.
+  void* address() const { return memory_.device(); }
+
+  /// Waits for the device. May be called more than once.
+  void free() noexcept;
+
+private:
+  driver::Context context_;
+  driver::PinnedMemory memory_;
+};
+
 } // namespace adaptlr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import types
 import weakref
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import torch
 from conftest import loss_of, parameters_of, same, train
 
-from adaptlr import AdaptiveLR, Guard, placement
+from adaptlr import AdaptiveLR, Guard, _extension, placement
 from adaptlr.contents import Contents
 from adaptlr.device_slots import check_dense, pieces, places
 from adaptlr.placement import place, shown, slot_bytes
+from adaptlr.snapshot import Snapshots
 
 START, FIRST, SECOND = 1, 2, 3
 OPTIMIZERS = {
@@ -440,3 +442,83 @@ def test_tensors_with_gaps_or_shared_elements_are_refused():
     for tensor in (torch.zeros(3, 4)[:, 1:], torch.zeros(1).expand(4)):
         with pytest.raises(ValueError, match="must fill a stretch of memory, got shape"):
             check_dense(tensor)
+
+
+# -- what the host does about records of a device ----------------------------------------------
+
+
+class ReportingCore:
+    """Reports records, as a device would, some time after they were made."""
+
+    def __init__(self) -> None:
+        self.rows = np.zeros(0, dtype=_extension.record_dtype)
+        self.told = np.zeros(0, dtype=_extension.record_dtype)
+
+    def report(self, step: int, save: int = 0, restore: int = 0) -> None:
+        row = np.zeros(1, dtype=_extension.record_dtype)
+        row["step"] = step
+        row["action"] = 1 | save << _extension.SAVE_SHIFT | restore << _extension.RESTORE_SHIFT
+        row["sequence"] = len(self.rows) + 1
+        self.rows = np.concatenate([self.rows, row])
+        if restore:
+            row["sequence"] = len(self.told) + 1
+            self.told = np.concatenate([self.told, row])
+
+    def records(self, since: int) -> np.ndarray:
+        return self.rows[self.rows["sequence"] > since]
+
+    def events(self, since: int) -> np.ndarray:
+        return self.told[self.told["sequence"] > since]
+
+    @property
+    def written(self) -> int:
+        return len(self.rows)
+
+    @property
+    def written_events(self) -> int:
+        return len(self.told)
+
+
+class NoKernel:
+    """Stands for `DeviceSlots`: everything on the device is somebody else's."""
+
+    bytes, table = 0, 1
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str):
+        return lambda *_: False
+
+
+def test_numbers_on_the_host_follow_the_records_of_the_device(make_model, monkeypatch):
+    monkeypatch.setattr("adaptlr.snapshot.DeviceSlots", NoKernel)
+    model = make_model()
+    optimizer = Prodigious(model.parameters())
+    config = AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), 10)._attachment.config
+    core, rollbacks = ReportingCore(), []
+    path = types.SimpleNamespace(
+        core=core, is_capturing=lambda: False, send_config=lambda: None, launched=0, events=0
+    )
+    path.device = torch.device("cpu")
+    snapshots = Snapshots(optimizer, None, config, path, "auto", rollbacks.append)
+    snapshots.prepare(0)
+    group = optimizer.param_groups[0]
+
+    def step_and_report(k: int, **orders: int) -> None:
+        group["k"] = k
+        core.report(k, **orders)
+        path.catch_up()
+
+    step_and_report(5)
+    step_and_report(6, save=FIRST)
+    step_and_report(7)
+    step_and_report(8, restore=FIRST)
+    assert group["k"] == 6
+    step_and_report(9, save=SECOND, restore=START)
+    assert group["k"] == 0
+    step_and_report(12, restore=SECOND)
+    assert group["k"] == 9
+    path.catch_up()
+    assert rollbacks == [7, 0, 10]
+    assert path.watches
