@@ -66,12 +66,17 @@ class Contents:
             for group in self.optimizer.param_groups
         ]
 
-    def state_tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors in the optimizer's state, however deep, and in its groups."""
+    def state_parts(self) -> Iterator[Tensor]:
+        """Yield what the tensors in the optimizer's state and groups are made of."""
         for state in self.optimizer.state.values():
-            yield from _tensors_in(state)
+            yield from _parts_in(state)
         for values in self.group_values():
-            yield from _tensors_in(values)
+            yield from _parts_in(values)
+
+    def parts(self) -> Iterator[Tensor]:
+        """Yield what all tensors are made of, weights first."""
+        yield from _parts_in(self.weights())
+        yield from self.state_parts()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -82,12 +87,18 @@ def local(tensor: Tensor) -> Tensor:
     return part.detach()
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _parts_in(value: Any) -> Iterator[Tensor]:
+    """Yield the plain tensors in a value, however deep; a quantised tensor is made of several."""
     if isinstance(value, Tensor):
-        yield local(value)
-    elif isinstance(value, (dict, list, tuple)):
+        value = local(value)
+        if not hasattr(value, "__tensor_flatten__"):
+            yield value
+            return
+        names, _ = value.__tensor_flatten__()
+        value = [getattr(value, name) for name in names]
+    if isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
+            yield from _parts_in(item)
 
 
 def copied(value: Any, old: Any, copy: Callable[[Tensor, Any], Any]) -> Any:

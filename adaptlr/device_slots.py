@@ -93,9 +93,9 @@ class DeviceSlots:
         Raises:
             ValueError: if the elements of one do not fill a stretch of memory.
         """
-        new = {tensor.data_ptr(): tensor for tensor in self._uncovered(tensors)}
-        for tensor in new.values():
+        for tensor in tensors:
             check_dense(tensor)
+        new = {tensor.data_ptr(): tensor for tensor in self._uncovered(tensors)}
         if not new:
             return
         known = len(self._rows)
@@ -173,6 +173,8 @@ def check_dense(tensor: torch.Tensor) -> None:
     Raises:
         ValueError: if they do not.
     """
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"a tensor in a snapshot must be dense, got layout {tensor.layout}")
     expected = 1
     sides = (side for side in zip(tensor.stride(), tensor.shape, strict=True) if side[1] > 1)
     for stride, size in sorted(sides):

@@ -38,7 +38,7 @@ def slot_bytes(contents: Contents) -> int:
     weights = sum(tensor.nbytes for tensor in contents.weights().values())
     if not contents.optimizer.state:
         return (1 + STATES) * weights
-    return weights + sum(tensor.nbytes for tensor in contents.state_tensors())
+    return weights + sum(part.nbytes for part in contents.state_parts())
 
 
 def place(size: int, choice: str, free_device: int | None, free_host: int) -> Placement:

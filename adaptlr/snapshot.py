@@ -198,8 +198,7 @@ class Snapshots:
 
     def _cover(self) -> None:
         if self._device is not None:
-            tensors = [*self._contents.weights().values(), *self._contents.state_tensors()]
-            self._device.cover(tensors)
+            self._device.cover(list(self._contents.parts()))
 
     # -- after a step ---------------------------------------------------------
 
@@ -234,7 +233,7 @@ class Snapshots:
         """Switch off for an optimizer that puts new tensors into its state."""
         if self._device is None or self._host is None:
             return
-        if self._device.has_moved(list(self._contents.state_tensors())):
+        if self._device.has_moved(list(self._contents.state_parts())):
             return self._give_up(
                 f"{type(self._optimizer).__name__} replaces the tensors of its state, which a "
                 "kernel cannot follow"

@@ -439,6 +439,8 @@ def test_tensors_with_gaps_or_shared_elements_are_refused():
         torch.zeros(()),
     ):
         check_dense(tensor)
+    with pytest.raises(ValueError, match="must be dense, got layout torch"):
+        check_dense(torch.zeros(3).to_sparse())
     for tensor in (torch.zeros(3, 4)[:, 1:], torch.zeros(1).expand(4)):
         with pytest.raises(ValueError, match="must fill a stretch of memory, got shape"):
             check_dense(tensor)
@@ -522,3 +524,32 @@ def test_numbers_on_the_host_follow_the_records_of_the_device(make_model, monkey
     path.catch_up()
     assert rollbacks == [7, 0, 10]
     assert path.watches
+
+
+class Quantised(torch.Tensor):
+    """A tensor made of two others, as optimizers with 8-bit state have."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default
+        return args[0]
+
+
+def test_a_kernel_copies_what_a_quantised_tensor_is_made_of():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    codes, scale = torch.zeros(4, dtype=torch.uint8), torch.ones(1)
+    optimizer.state[parameter]["moments"] = [Quantised(codes, scale), {"deep": torch.ones(2)}]
+    parts = list(Contents(optimizer, None).parts())
+    assert [part.nbytes for part in parts] == [16, 4, 4, 8]
+    assert parts[1].data_ptr() == codes.data_ptr()
