@@ -28,6 +28,7 @@ from adaptlr.placement import (
     shown,
     slot_bytes,
 )
+from adaptlr.rollback_news import SLOT_MASK, RollbackNews
 
 if TYPE_CHECKING:
     from adaptlr.attachment import Path
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("adaptlr")
 
 START: int = _extension.START_SLOT
-_SLOT_MASK = 15
 _CHECKED_STEPS = 3  # in which an optimizer shows whether it replaces its state tensors
 
 OnRollback = Callable[[int | None], Any]
@@ -71,9 +71,10 @@ class Snapshots:
         self._on_rollback = on_rollback
         self._host: HostSlots | None = None
         self._device: DeviceSlots | None = None
-        self._filled: dict[int, int] = {}  # slot -> steps taken by then
+        self._news: RollbackNews | None = None
+        self._filled: dict[int, int] = {}  # slot -> steps taken by then, as far as the host knows
         self._told = ""
-        self._checks = self._seen = 0
+        self._checks = 0
         self.slots = 0
         self.where: str | None = None
         self.wanted = choice != "off" and config.row["guard_mode"] == GuardMode.ACT
@@ -186,7 +187,7 @@ class Snapshots:
             self._cover()
             path.table = self._device.table
             path.copied = path.launched  # what an earlier step ordered is not for these slots
-            path.events, self._seen = path.core.written_events, path.core.written
+            self._news = RollbackNews(path, self._host, self._report)
             self._checks, path.watches = _CHECKED_STEPS, True
         self._host.fill(START)
 
@@ -206,20 +207,18 @@ class Snapshots:
         """Fill and put back what a decision of the host has ordered, after the update."""
         if self._host is None:
             return
-        save, restore = order & _SLOT_MASK, order >> 4
+        save, restore = order & SLOT_MASK, order >> 4
         if save:
             self._host.fill(save)
             self._filled[save] = int(self._path.state()["step"])
         if restore in self._filled:
             self._host.put_back(restore)
-            self._report(self._filled[restore])
+            self._report(restore, None)
 
     def catch_up(self) -> None:
         """Do what the host has to do about the steps that the device has reported since."""
-        if self._device is None or self._host is None or isinstance(self._path, HostPath):
-            return
-        self._follow_records()
-        self._heed_rollbacks()
+        if self._news is not None:
+            self._news.catch_up()
 
     def _after_step(self) -> None:
         """Take in new state, and heed what the device has reported."""
@@ -241,39 +240,9 @@ class Snapshots:
         self._checks -= 1
         self._path.watches = self._checks > 0 or self._host.holds_anything  # type: ignore[union-attr]
 
-    def _follow_records(self) -> None:
-        """Copy what the kernel does not reach."""
-        if self._host is None or not self._host.holds_anything:
-            return
-        for row in self._path.core.records(self._seen):
-            save, restore = orders_of(row)
-            if save:
-                self._host.fill(save)
-            if restore:
-                self._host.put_back(restore)
-            self._seen = int(row["sequence"])
-
-    def _heed_rollbacks(self) -> None:
-        path = self._path
-        assert not isinstance(path, HostPath)
-        for row in path.core.events(path.events):
-            path.events = int(row["sequence"])
-            _, restore = orders_of(row)
-            if restore:
-                self._report(self._filled_at(restore, int(row["step"])))
-
-    def _filled_at(self, slot: int, step: int) -> int | None:
-        """Return the steps taken when a slot was filled, before ``step``, if records tell."""
-        if slot == START:
-            return self._filled[START]
-        rows = self._path.core.records(0)
-        saves = (rows["action"] >> _extension.SAVE_SHIFT) & _SLOT_MASK
-        steps = rows["step"][(saves == slot) & (rows["step"] < step)]
-        return int(steps[-1]) + 1 if len(steps) else None
-
-    def _report(self, step: int | None) -> None:
+    def _report(self, slot: int, step: int | None) -> None:
         if self._on_rollback is not None:
-            self._on_rollback(step)
+            self._on_rollback(self._filled.get(slot, step))
 
     # -- the end --------------------------------------------------------------
 
@@ -287,7 +256,7 @@ class Snapshots:
             self._device.forget()
         if not isinstance(self._path, HostPath):
             self._path.table, self._path.watches = 0, False
-        self._host = None
+        self._host = self._news = None
         self._path.entries = -1
         self._filled = {}
         self.slots, self.where = 0, None
@@ -316,10 +285,3 @@ class Snapshots:
         if told != self._told:
             logger.info("%s", told)
         self._told = told
-
-
-def orders_of(row: Any) -> tuple[int, int]:
-    """Return the slots that a step has had filled and put back, as its record says."""
-    action = int(row["action"])
-    save = action >> _extension.SAVE_SHIFT & _SLOT_MASK
-    return save, action >> _extension.RESTORE_SHIFT & _SLOT_MASK
