@@ -20,6 +20,11 @@ record_dtype: Final[np.dtype[Any]]
 MAX_GROUPS: Final[int]
 # Differences between successive losses that the noise is taken from.
 DIFFERENCES: Final[int]
+# Slots for snapshots, numbered from 1; where their numbers lie in a record's action, in bits.
+SLOTS: Final[int]
+START_SLOT: Final[int]
+SAVE_SHIFT: Final[int]
+RESTORE_SHIFT: Final[int]
 # Bits of the notices, beside those of Flag: the guard has ended the run, another writer was seen.
 FAILED_NOTICE: Final[int]
 OVERWRITTEN: Final[int]
@@ -32,6 +37,10 @@ BLOCK_BYTES: Final[int]
 STATE_OFFSET: Final[int]
 LR_OFFSET: Final[int]
 SKIP_OFFSET: Final[int]
+SAVE_OFFSET: Final[int]
+RESTORE_OFFSET: Final[int]
+# The longest stretch of memory that one row of the snapshot kernel's table covers.
+PIECE_BYTES: Final[int]
 # Steps that DeviceController.wait can look back.
 MAX_LAG: Final[int]
 # Element types of the scalars that kernels read.
@@ -78,8 +87,11 @@ class HostController:
         applied_lr: float = -1.0,
         overflow: bool = False,
         overwritten: bool = False,
-    ) -> tuple[bool, int, tuple[float, ...]]:
-        """Advance by one step; return whether to skip it, the notices, every group's lr."""
+    ) -> tuple[bool, int, tuple[float, ...], int]:
+        """Advance by one step; return whether to skip it, the notices, every group's lr, an order.
+
+        The order is for snapshots: the slot to fill, plus 16 times the slot to put back.
+        """
 
     def records(self, since: int = 0) -> _Row:
         """Copy the records numbered from ``since`` on that are still there, oldest first."""
@@ -95,6 +107,8 @@ class HostController:
     @property
     def notices(self) -> int: ...
     @property
+    def written_events(self) -> int: ...
+    @property
     def dropped_events(self) -> int: ...
 
 class _Loop:
@@ -108,6 +122,8 @@ class _Loop:
     accumulates: bool
     plain: bool
     suspended: bool
+    prepares: bool
+    entries: int
 
     def observe(self, loss: torch.Tensor | float, /) -> None:
         """Take one loss in; anything unusual goes to observe_slowly."""
@@ -115,11 +131,15 @@ class _Loop:
     def before_step(self, optimizer: Any, args: Any, kwargs: Any, /) -> Any:
         """Pre-hook: run the control step; anything unusual goes to step_slowly."""
 
+    def after_step(self, optimizer: Any, args: Any, kwargs: Any, /) -> Any:
+        """Post-hook: have orders for snapshots carried out."""
+
 class HostLoop(_Loop):
     """The part of the host path that runs in every step; see adaptlr.host_path.HostPath."""
 
     total: float
     grad_norm: float
+    order: int
 
     def __init__(self, core: HostController, /) -> None: ...
     @property
@@ -136,6 +156,10 @@ class DeviceLoop(_Loop):
     first: torch.Tensor | None
     grad_norm: torch.Tensor | float | None
     launched: int
+    copied: int
+    events: int
+    table: int
+    watches: bool
     dtype: int
     flagged: bool
     zeroes: bool
@@ -196,6 +220,9 @@ class DeviceController:
     def configure(self, stream: int, config: _Row | None = None, state: _Row | None = None) -> None:
         """Replace what is given, clear the notices, and set the lr of the coming step."""
 
+    def snapshot(self, stream: int, table: int, fill: int = 0) -> None:
+        """Have the slots filled and put back that the last step ordered; or ``fill`` one."""
+
     def zero_if_skipped(self, stream: int, addresses: Sequence[int], sizes: Sequence[int]) -> None:
         """Zero ranges of device memory, sizes in bytes, if the last control step said skip."""
 
@@ -221,4 +248,15 @@ class DeviceController:
     @property
     def notices(self) -> int: ...
     @property
+    def written_events(self) -> int: ...
+    @property
     def dropped_events(self) -> int: ...
+
+class SlotMemory:
+    """Host memory that kernels reach; freed with the object."""
+
+    def __init__(self, device: int, bytes: int) -> None: ...
+    @property
+    def address(self) -> int: ...
+    def free(self) -> None:
+        """Free it, after all work on the device."""

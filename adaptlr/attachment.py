@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from adaptlr.capturable_path import CapturablePath
     from adaptlr.fused_path import FusedPath
     from adaptlr.late_float_path import LateFloatPath
+    from adaptlr.snapshot import Snapshots
 
     Path: TypeAlias = HostPath | FusedPath | CapturablePath | LateFloatPath
 
@@ -44,6 +45,7 @@ class Attachment:
         optimizer: The user's optimizer.
         config: What the run was asked to be, as it stands now.
         path: Where decisions are made.
+        snapshots: What a rollback goes back to.
         failure_told: Whether `TrainingDiverged` was raised already.
     """
 
@@ -52,17 +54,20 @@ class Attachment:
         optimizer: torch.optim.Optimizer,
         config: ResolvedConfig,
         path: Path,
+        snapshots: Snapshots,
     ) -> None:
         """Take ``path`` into service."""
         self.optimizer = optimizer
         self.config = config
         self.path = path
+        self.snapshots = snapshots
         self.failure_told = False
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
         self._own_events: list[Event] = []
         path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS
         self.pre_hook = self._connect(path)
+        self.post_hook = hook_of(path, "after_step") if snapshots.wanted else None
         self._loading: Checkpoint | None = None
 
     def _connect(self, path: Path) -> Callable[..., Any]:
@@ -70,7 +75,7 @@ class Attachment:
         path.step_slowly, path.answer = self.before_step, self._answer
         if not isinstance(path, HostPath):
             path.poll = self.poll
-        return hook_of(path)
+        return hook_of(path, "before_step")
 
     # -- steps ----------------------------------------------------------------
 
@@ -96,9 +101,11 @@ class Attachment:
             return path.skip_suspended()
         if path.count == 0:
             if path.is_capturing():
+                self.snapshots.prepare(self.start_step)
                 return self._answer(path.step_in_graph())
             path.stand_aside()
             return self._note_unobserved()
+        self.snapshots.prepare(self.start_step)
         code = path.step()
         if code == _extension.NEW_GROUPS:
             self._adopt_groups()
@@ -141,6 +148,7 @@ class Attachment:
         finally:
             path.suspended = False
             path.resume()
+            self.snapshots.resumed(self.start_step)
 
     def _note_unobserved(self) -> None:
         if self.path.has_gradients():
@@ -162,11 +170,13 @@ class Attachment:
         self._made = (made_steps, (*made_peaks, *added))
         self.path.adopt()
         self.path.configure()
+        self.snapshots.notice()
 
     # -- notices --------------------------------------------------------------
 
     def poll(self) -> None:
         """Heed what the device has said since; a plain read of host memory."""
+        self.snapshots.catch_up()
         notices = self.path.core.notices
         if notices & self.path.unheeded:
             self.heed(notices)
@@ -281,6 +291,7 @@ class Attachment:
         else:
             self.restore(checkpoint)
         self.path.bind()
+        self.snapshots.reload(self.start_step)
 
     def _apply(self, checkpoint: Checkpoint, config: ResolvedConfig) -> None:
         """Let `extend` and `set_peak` survive; a constructor that was told differently wins."""

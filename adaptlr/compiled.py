@@ -115,13 +115,13 @@ torch.library.register_fake("adaptlr::observe", _observe_nothing, lib=_library)
 # -- what stays between graphs ------------------------------------------------
 
 
-def hook_of(path: Path) -> Callable[..., Any]:
-    """Return ``path.before_step`` in a form for which dynamo finds `_break_graph`.
+def hook_of(path: Path, name: Literal["before_step", "after_step"]) -> Callable[..., Any]:
+    """Return a method of ``path`` in a form for which dynamo finds `_break_graph`.
 
     It looks for the function's identity, and the bound method of a C type has none: every access
     makes a new one. A Python method around the C function is called as quickly.
     """
-    return types.MethodType(type(path).before_step, path)
+    return types.MethodType(getattr(type(path), name), path)
 
 
 def _break_graph(path: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -146,9 +146,8 @@ def _teach_dynamo() -> None:
         logger.debug("dynamo is not told about adaptlr: %s", error)
         return
     for loop in (_extension.HostLoop, _extension.DeviceLoop):
-        torch.compiler.substitute_in_graph(loop.before_step, skip_signature_check=True)(
-            _break_graph
-        )
+        for hook in (loop.before_step, loop.after_step):
+            torch.compiler.substitute_in_graph(hook, skip_signature_check=True)(_break_graph)
     for module in pkgutil.iter_modules([str(FilePath(__file__).parent)]):
         if module.name not in _TRACED_MODULES:
             skip_module(f"adaptlr.{module.name}")

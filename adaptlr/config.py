@@ -236,6 +236,12 @@ class ResolvedConfig:
         row["peak"] = max(peaks)
         self.row = row
 
+    def set_snapshot_slots(self, slots: int) -> None:
+        """Set which slots may be ordered: 0 none, 1 the start alone, 3 all."""
+        row = self.row.copy()
+        row["snapshot_slots"] = slots
+        self.row = row
+
     def extend(self, total_steps: int | None) -> None:
         """Stretch the schedule to another length; the warm-up steps stay what they are."""
         check_total_steps(total_steps)

@@ -19,6 +19,8 @@ from adaptlr.checkpoint import KEY
 from adaptlr.config import Decay, Guard, ResolvedConfig, require
 from adaptlr.events import Event
 from adaptlr.hooks import Hooks, unwrap
+from adaptlr.placement import SNAPSHOTS
+from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
 
 logger = logging.getLogger("adaptlr")
@@ -51,7 +53,16 @@ class AdaptiveLR:
             kernels; ``"capturable"``: lr is, and a skip zeroes the gradients; ``"float"``: lr stays
             a Python float. ``"auto"`` takes the first of these that the optimizer can.
         history_size: Records kept for `history`, at least 1; 128 bytes each.
-        search, check_lr, snapshot, model, process_group, recorder: Not available in this version.
+        snapshot: Where copies of weights and optimizer state are kept for rollbacks, three at
+            most: ``"device"``, ``"host"`` (slower, and no device memory), or ``"off"``. ``"auto"``
+            takes the first of these that they fit into a quarter of; before it gives up, it keeps
+            the start of the run alone. Made at the first step, and only for a guard that acts.
+        model: For models with buffers (BatchNorm): they are part of the copies.
+        on_rollback: Called on the host after a rollback with the number of steps behind the weights
+            that are back, None if not known; to rewind what is yours. With decisions on a CUDA
+            device it is called when the host hears of it, `Status.lag` steps late, and during
+            replays of a graph in `check` or `status`.
+        search, check_lr, process_group, recorder: Not available in this version.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -86,8 +97,9 @@ class AdaptiveLR:
         history_size: int = 65536,
         search: None = None,
         check_lr: Literal[False] = False,
-        snapshot: Literal["off"] = "off",
-        model: None = None,
+        snapshot: Literal["auto", "device", "host", "off"] = "auto",
+        model: torch.nn.Module | None = None,
+        on_rollback: Callable[[int | None], Any] | None = None,
         process_group: None = None,
         recorder: None = None,
     ) -> None:
@@ -96,8 +108,6 @@ class AdaptiveLR:
             lr=lr if lr == "auto" else None,
             search=search,
             check_lr=check_lr or None,
-            snapshot=None if snapshot == "off" else snapshot,
-            model=model,
             process_group=process_group,
             recorder=recorder,
         )
@@ -113,6 +123,8 @@ class AdaptiveLR:
             "an int of at least 1",
             history_size,
         )
+        require(snapshot in SNAPSHOTS, "snapshot", f"one of {SNAPSHOTS}", snapshot)
+        _check_callables(model, on_rollback)
         config = ResolvedConfig(
             total_steps=total_steps,
             warmup=warmup,
@@ -123,7 +135,8 @@ class AdaptiveLR:
         )
         self._history_size = history_size
         self._path = choose_path(self._optimizer, config, history_size, device_path)
-        self._attachment = Attachment(self._optimizer, config, self._path)
+        snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
+        self._attachment = Attachment(self._optimizer, config, self._path, snapshots)
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
@@ -243,6 +256,7 @@ class AdaptiveLR:
             TrainingDiverged: if the guard has ended the run and this was not told yet.
         """
         core = self._path.core
+        self._attachment.snapshots.catch_up()
         if core.notices & FAILED and not self._attachment.failure_told:
             self._attachment.fail()
         row = self._newest()
@@ -265,6 +279,7 @@ class AdaptiveLR:
 
     def check(self) -> None:
         """Raise `TrainingDiverged` if the guard has ended the run: for loops over a graph."""
+        self._attachment.snapshots.catch_up()
         if self._path.core.notices & FAILED:
             self._attachment.fail()
 
@@ -328,6 +343,7 @@ class AdaptiveLR:
         if KEY not in state_dict:
             raise KeyError(f"state_dict must have the entry {KEY!r}, got {sorted(state_dict)}")
         self._attachment.restore(self._attachment.checked(state_dict[KEY]))
+        self._attachment.snapshots.reload(self._attachment.start_step)
 
     def detach(self) -> None:
         """Take the hooks off, and give lr as a float and the user's own flags back.
@@ -335,6 +351,7 @@ class AdaptiveLR:
         Waits for the device. `history`, `events` and `status` go on working.
         """
         self._hooks.remove()
+        self._attachment.snapshots.release()
         self._path.release()
         _attached.discard(self._optimizer)
 
@@ -345,6 +362,13 @@ class AdaptiveLR:
         parameters and the clock as they are. A loss that was observed before is dropped.
         """
         return self._attachment.suspended()
+
+
+def _check_callables(model: object, on_rollback: object) -> None:
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if on_rollback is not None and not callable(on_rollback):
+        raise TypeError(f"on_rollback must be callable or None, got {type(on_rollback).__name__}")
 
 
 def _refuse_processes(guard: Guard | None) -> None:

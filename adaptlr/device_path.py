@@ -43,7 +43,7 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
     ) -> None:
         """Load the kernels and bind the learning rates of ``optimizer``."""
         self._config = config
-        self._device = device
+        self._device = self.device = device
         self._index = device.index
         self._stream = torch._C._cuda_getCurrentRawStream
         self._block = torch.zeros(_extension.BLOCK_BYTES, dtype=torch.uint8, device=device)
@@ -212,6 +212,10 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the device; set the rates that follow."""
         self.core.configure(self._stream(self._index), self._device_config(), state)
+
+    def send_config(self) -> None:
+        """Hand the config alone to the device."""
+        self.core.configure(self._stream(self._index), self._device_config())
 
     def _rebind(self) -> None:
         """Take back an lr that was replaced. Never inside a step: DCP sets lr aside there."""

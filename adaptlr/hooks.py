@@ -18,6 +18,7 @@ class Attached(Protocol):
     """What the hooks call."""
 
     pre_hook: Callable[..., Any]  # decides, before the optimizer's step reads lr and gradients
+    post_hook: Callable[..., Any] | None  # sees to snapshots, where there are any
 
     def save(self, state_dict: dict[str, Any]) -> None:
         """Put the controller's state into the optimizer's."""
@@ -33,7 +34,7 @@ class Hooks:
     """Registers the hooks of one controller on one optimizer, and removes them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, attached: Attached) -> None:
-        """Register all of them. No hook after the step: every hook costs."""
+        """Register all of them. A hook after the step only if it is needed: every hook costs."""
         self._handles: list[RemovableHandle | LoadWatch] = [
             optimizer.register_step_pre_hook(attached.pre_hook),
             optimizer.register_state_dict_post_hook(lambda _, saved: attached.save(saved)),
@@ -42,6 +43,8 @@ class Hooks:
         ]
         if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
             self._handles.append(LoadWatch(optimizer, attached))
+        if attached.post_hook is not None:
+            self._handles.append(optimizer.register_step_post_hook(attached.post_hook))
 
     def remove(self) -> None:
         """Take every hook off again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -29,6 +29,7 @@ class HostPath(_extension.HostLoop, Pending):
 
     name = "float"
     lag = 0
+    carry_out: Callable[[int], None]  # set by `Snapshots`
     replayed = False
 
     def __init__(
@@ -85,7 +86,7 @@ class HostPath(_extension.HostLoop, Pending):
         if len(groups) > len(self.written):
             return _extension.NEW_GROUPS
         loss = self.total / self.count if self.mean else self.total
-        skip, notices, lrs = self.core.step(
+        skip, notices, lrs, self.order = self.core.step(
             loss, self.grad_norm, -1.0, self._overflow(), self._was_overwritten()
         )
         self.grad_norm = -1.0
@@ -171,10 +172,14 @@ class HostPath(_extension.HostLoop, Pending):
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the extension; set the rates that follow."""
-        self.core.config = self._config.row
+        self.send_config()
         if state is not None:
             self.core.state = state
         self.preset()
+
+    def send_config(self) -> None:
+        """Hand the config alone to the extension."""
+        self.core.config = self._config.row
 
 
 def check_loss(loss: torch.Tensor, device: torch.device) -> None:

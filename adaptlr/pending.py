@@ -25,12 +25,15 @@ class Pending:
         cleared: Whether zero_grad was called after the first waiting loss.
         accumulates: Whether some step used several losses.
         suspended: Whether losses are ignored and every step is skipped.
+        prepares: Whether there is something to do before the coming step.
+        entries: Entries of the optimizer's state that snapshots know of; negative: none are made.
         observes_first: Whether this loop calls zero_grad between observe and backward.
     """
 
     # What the hot loops leave to Python; set by `Attachment`.
     step_slowly: Callable[..., Any]
     answer: Callable[[int], None]
+    catch_up: Callable[[], None]  # set by `Snapshots`
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         """Start with nothing waiting."""
@@ -44,6 +47,8 @@ class Pending:
         self.observes_first = False
         self.accumulates = False
         self.suspended = False
+        self.prepares = False
+        self.entries = -1
 
     def taken(self) -> None:
         """Note that a step has used the waiting losses."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from adaptlr import _extension
+
 
 class Phase(IntEnum):
     """Where the guard stands."""
@@ -40,24 +42,22 @@ class Slot(IntEnum):
     SECOND = 3
 
 
-_SLOT_BITS = 15
-_SAVE_SHIFT = 4
-_RESTORE_SHIFT = 8
+SLOT_BITS = 15
 
 
 def action_of(row: npt.NDArray[Any]) -> Action:
     """Return what the step of a record was told to do."""
-    return Action(int(row["action"]) & _SLOT_BITS)
+    return Action(int(row["action"]) & SLOT_BITS)
 
 
 def saved_slot(row: npt.NDArray[Any]) -> Slot:
     """Return the slot that the step of a record has filled."""
-    return Slot(int(row["action"]) >> _SAVE_SHIFT & _SLOT_BITS)
+    return Slot(int(row["action"]) >> _extension.SAVE_SHIFT & SLOT_BITS)
 
 
 def restored_slot(row: npt.NDArray[Any]) -> Slot:
     """Return the slot that the step of a record has put back."""
-    return Slot(int(row["action"]) >> _RESTORE_SHIFT & _SLOT_BITS)
+    return Slot(int(row["action"]) >> _extension.RESTORE_SHIFT & SLOT_BITS)
 
 
 class Flag(IntFlag):

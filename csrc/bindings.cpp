@@ -85,13 +85,13 @@ py::tuple lrs_of(const Config& config, double multiplier) {
   return lrs;
 }
 
-/// (skip, notices, lr of every group)
+/// (skip, notices, lr of every group, order for snapshots)
 py::tuple host_step(HostController& controller, double loss, double grad_norm, double applied_lr,
                     bool overflow, bool overwritten) {
   const Decision decision =
       controller.step(Signals{loss, grad_norm, applied_lr, overflow, overwritten});
   return py::make_tuple(decision.action == Action::kSkip, controller.flight_record().notices(),
-                        lrs_of(controller.config, decision.multiplier));
+                        lrs_of(controller.config, decision.multiplier), order_of(decision));
 }
 
 /// What both controllers offer: their flight record.
@@ -114,6 +114,8 @@ template <typename Controller> void define_flight_record(py::class_<Controller>&
                              [](const Controller& c) { return c.flight_record().written(); })
       .def_property_readonly("notices",
                              [](const Controller& c) { return c.flight_record().notices(); })
+      .def_property_readonly("written_events",
+                             [](const Controller& c) { return c.flight_record().written_events(); })
       .def_property_readonly(
           "dropped_events", [](const Controller& c) { return c.flight_record().dropped_events(); });
 }
@@ -166,6 +168,10 @@ void define_layouts(py::module_& module) {
                                        checksum));
   module.attr("MAX_GROUPS") = kMaxGroups;
   module.attr("DIFFERENCES") = kDifferences;
+  module.attr("SLOTS") = kSlots;
+  module.attr("START_SLOT") = static_cast<int>(kStart);
+  module.attr("SAVE_SHIFT") = kSaveShift;
+  module.attr("RESTORE_SHIFT") = kRestoreShift;
   module.attr("FAILED_NOTICE") = kFailedNotice;
 }
 
@@ -276,6 +282,12 @@ void define_device_controller(py::module_& module) {
           py::arg("stream"))
       .def("configure", &configure, py::arg("stream"), py::arg("config") = py::none(),
            py::arg("state") = py::none())
+      .def(
+          "snapshot",
+          [](DeviceController& c, std::uintptr_t stream, std::uintptr_t table, int64_t fill) {
+            c.snapshot(stream_of(stream), reinterpret_cast<const SnapshotTable*>(table), fill);
+          },
+          py::arg("stream"), py::arg("table"), py::arg("fill") = static_cast<int64_t>(kNoSlot))
       .def("zero_if_skipped", &zero_if_skipped, py::arg("stream"), py::arg("addresses"),
            py::arg("sizes"))
       .def(
@@ -295,8 +307,22 @@ void check_block() {
     throw std::logic_error("DeviceBlock must hold what a step changes, then what it only reads");
 }
 
+void define_slot_memory(py::module_& module) {
+  py::class_<SlotMemory>(module, "SlotMemory")
+      .def(py::init<int, std::size_t>(), py::arg("device"), py::arg("bytes"))
+      .def_property_readonly(
+          "address",
+          [](const SlotMemory& m) { return reinterpret_cast<std::uintptr_t>(m.address()); })
+      .def("free", &SlotMemory::free);
+}
+
+static_assert(sizeof(Piece) == 5 * sizeof(int64_t), "adaptlr/device_slots.py writes rows of five");
+
 void define_kernels(py::module_& module) {
   check_block();
+  module.attr("SAVE_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::save);
+  module.attr("RESTORE_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::restore);
+  module.attr("PIECE_BYTES") = kPieceBytes;
   module.attr("BLOCK_BYTES") = sizeof(DeviceBlock);
   module.attr("STATE_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::state);
   module.attr("LR_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::lr);
@@ -347,5 +373,6 @@ PYBIND11_MODULE(_extension, module) {
   define_host_loop(module);
   define_device_loop(module);
   define_device_controller(module);
+  define_slot_memory(module);
   define_kernels(module);
 }

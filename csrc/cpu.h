@@ -7,6 +7,11 @@
 
 namespace adaptlr {
 
+/// What snapshots are to do after the update, as HostLoop and Python hand it on; 0: nothing.
+inline int64_t order_of(const Decision& decision) {
+  return decision.save | int64_t{decision.restore} << 4;
+}
+
 class HostController {
 public:
   HostController(const Config& config, int64_t history_size);

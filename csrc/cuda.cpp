@@ -11,6 +11,10 @@ namespace {
 constexpr unsigned kZeroThreads = 256;
 constexpr int64_t kZeroBytesPerBlock = 16 * kZeroThreads * kVectorBytes;
 constexpr int64_t kMaxZeroBlocks = 64; // for one range; more would only queue
+constexpr unsigned kSnapshotThreads = 256;
+// On each multiprocessor: enough loads in flight to fill the memory's pipes, and few enough blocks
+// that a launch which finds nothing to do stays short.
+constexpr unsigned kSnapshotBlocks = 4;
 
 DeviceBlock* checked(DeviceBlock* block) {
   const auto address = reinterpret_cast<std::uintptr_t>(block);
@@ -44,6 +48,7 @@ DeviceController::Kernels::Kernels(driver::Context context, const std::string& i
   fold = module.function("adaptlr_fold");
   configure = module.function("adaptlr_configure");
   zero_if = module.function("adaptlr_zero_if");
+  snapshot = module.function("adaptlr_snapshot");
   empty = module.function("adaptlr_empty");
 }
 
@@ -68,8 +73,9 @@ DeviceController::DeviceController(int device, const std::string& image, DeviceB
                                    const Config& config, const State& state, int64_t history_size,
                                    driver::Stream stream)
     : context_(driver::primary_context(device)), block_(checked(block)),
-      kernels_(loaded(context_, image)), history_size_(checked(history_size)),
-      memory_(context_, FlightRecord::bytes(history_size)),
+      kernels_(loaded(context_, image)),
+      snapshot_blocks_(kSnapshotBlocks * static_cast<unsigned>(driver::multiprocessors(device))),
+      history_size_(checked(history_size)), memory_(context_, FlightRecord::bytes(history_size)),
       flight_record_(memory_.host(), history_size), factor_(state.factor) {
   ConfigureParams params{block_, config, state, device_ring(), kSetConfig | kSetState | kSetRing};
   launch(kernels_.configure, {}, 1, stream, &params);
@@ -144,6 +150,14 @@ void DeviceController::zero_if_skipped(driver::Stream stream, const std::vector<
   }
 }
 
+void DeviceController::snapshot(driver::Stream stream, const SnapshotTable* table, int64_t fill) {
+  if (fill < kNoSlot || fill > kSlots)
+    throw std::invalid_argument("fill must be in [0, " + std::to_string(kSlots) + "], got " +
+                                std::to_string(fill));
+  SnapshotParams params{block_, table, fill};
+  launch(kernels_.snapshot, {snapshot_blocks_}, kSnapshotThreads, stream, &params);
+}
+
 void DeviceController::launch_empty(driver::Stream stream, StepParams& params) {
   params.block = block_;
   launch(kernels_.empty, {}, kLanes, stream, &params);
@@ -165,6 +179,17 @@ void DeviceController::wait(int64_t lag) {
                                 std::to_string(lag));
   if (marks_ >= lag)
     events_[(marks_ - lag) % events_.size()]->synchronize();
+}
+
+SlotMemory::SlotMemory(int device, std::size_t bytes)
+    : context_(driver::primary_context(device)), memory_(context_, bytes) {}
+
+void SlotMemory::free() noexcept {
+  if (memory_.host() == nullptr)
+    return;
+  const driver::RelaxedCapture relaxed;
+  if (driver::synchronize(context_))
+    memory_.free();
 }
 
 double DeviceController::factor() const {

@@ -39,6 +39,10 @@ public:
   /// Zeroes the ranges if the last control step said skip.
   void zero_if_skipped(driver::Stream stream, const std::vector<Range>& ranges);
 
+  /// Fills and puts back what the last control step has ordered; `fill` fills a slot whatever it
+  /// said. `table` is an address on the device.
+  void snapshot(driver::Stream stream, const SnapshotTable* table, int64_t fill);
+
   void launch_empty(driver::Stream stream, StepParams& params);
 
   /// Marks the control step that was launched last, so that wait() can find it.
@@ -57,7 +61,7 @@ public:
 private:
   struct Kernels {
     Kernels(driver::Context context, const std::string& image);
-    driver::Function control_step, fold, configure, zero_if, empty;
+    driver::Function control_step, fold, configure, zero_if, snapshot, empty;
   };
 
   static const Kernels& loaded(driver::Context context, const std::string& image);
@@ -68,6 +72,7 @@ private:
   driver::Context context_;
   DeviceBlock* block_;
   const Kernels& kernels_;
+  unsigned snapshot_blocks_;
   int64_t history_size_;
   driver::PinnedMemory memory_;
   FlightRecord flight_record_;
@@ -77,6 +82,26 @@ private:
   double factor_;          // as configured last
   int64_t configured_ = 0; // steps launched by then; their records know nothing of factor_
   bool captured_ = false;  // a graph holds the kernels and the addresses
+};
+
+/// Host memory that kernels read and write through the bus, for slots. Freed once no kernel can use
+/// it any more; leaked if that cannot be known.
+class SlotMemory {
+public:
+  SlotMemory(int device, std::size_t bytes);
+  ~SlotMemory() { free(); }
+  SlotMemory(const SlotMemory&) = delete;
+  SlotMemory& operator=(const SlotMemory&) = delete;
+
+  /// As the device sees it.
+  void* address() const { return memory_.device(); }
+
+  /// Waits for the device. May be called more than once.
+  void free() noexcept;
+
+private:
+  driver::Context context_;
+  driver::PinnedMemory memory_;
 };
 
 } // namespace adaptlr

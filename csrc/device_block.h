@@ -110,4 +110,27 @@ struct ZeroParams {
 };
 static_assert(sizeof(ZeroParams) <= 4096, "the parameters of a kernel are limited to 4 KiB");
 
+/// A stretch of memory that snapshots cover, at most kPieceBytes long, and its place in every slot.
+/// All addresses are equal modulo 16, so that one vector access fits all of them.
+struct Piece {
+  unsigned char* address;
+  int64_t bytes;
+  unsigned char* copies[kSlots]; // of slot s: copies[s - 1]; 0: there is no such slot
+};
+constexpr int64_t kPieceBytes = 64 * 1024;
+
+/// Lies in device memory and not in the kernel's parameters, so that pieces can be added after a
+/// graph was captured.
+struct SnapshotTable {
+  const Piece* pieces;
+  int64_t count;
+};
+
+/// Of adaptlr_snapshot.
+struct SnapshotParams {
+  const DeviceBlock* block;
+  const SnapshotTable* table;
+  int64_t fill; // the Slot that is filled whatever the block says; kNoSlot: the block decides
+};
+
 } // namespace adaptlr

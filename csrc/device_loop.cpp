@@ -21,10 +21,14 @@ struct DeviceLoop {
   DeviceController* controller;
   const dlpack::ExchangeApi* exchange; // of tensor_type, or null
   long device;
-  long long launched; // control steps
-  int dtype;          // of `first`
-  char flagged;       // the optimizer reads the skip flag
-  char zeroes;        // it does not: gradients are zeroed instead
+  long long launched;       // control steps
+  long long copied;         // of those, the ones after which snapshots were seen to
+  long long events;         // that Python knows of
+  unsigned long long table; // address of the SnapshotTable; 0: no snapshots
+  int dtype;                // of `first`
+  char flagged;             // the optimizer reads the skip flag
+  char zeroes;              // it does not: gradients are zeroed instead
+  char watches;             // Python wants to see every record
   Waiting waiting;
 };
 
@@ -151,8 +155,9 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
   if (!check_hook_arguments(arguments, count))
     return nullptr;
   DeviceLoop& loop = loop_of(self);
-  const bool usual = loop.waiting.plain && !is_empty(loop.first) && is_empty(loop.grad_norm) &&
-                     arguments[0] == loop.optimizer && is_plain_call(arguments);
+  const bool usual = loop.waiting.plain && !loop.waiting.prepares && !is_empty(loop.first) &&
+                     is_empty(loop.grad_norm) && arguments[0] == loop.optimizer &&
+                     is_plain_call(arguments);
   if (!usual || (loop.flagged && !reads_our_flag(loop)) || !has_known_groups(loop))
     return step_slowly(self, arguments);
   return guarded([&]() -> PyObject* {
@@ -160,6 +165,22 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
     if (loop.zeroes && !zero_gradients(self, loop))
       return nullptr;
     return answer(self, notices, loop.waiting.unheeded);
+  });
+}
+
+PyObject* after_step(PyObject* self, PyObject* const*, Py_ssize_t) {
+  DeviceLoop& loop = loop_of(self);
+  // A step that is not ours must not repeat the orders of the last one that was.
+  if (loop.table == 0 || loop.copied == loop.launched)
+    Py_RETURN_NONE;
+  loop.copied = loop.launched;
+  return guarded([&]() -> PyObject* {
+    const auto* table = reinterpret_cast<const SnapshotTable*>(loop.table);
+    loop.controller->snapshot(current_stream(loop), table, kNoSlot);
+    const bool told = loop.controller->flight_record().written_events() == loop.events;
+    if (told && !loop.watches && !has_new_state(loop.waiting, loop.optimizer))
+      Py_RETURN_NONE;
+    return PyObject_CallMethodNoArgs(self, ADAPTLR_NAME("catch_up"));
   });
 }
 
@@ -189,6 +210,7 @@ int initialise(PyObject* self, PyObject* args, PyObject*) {
   Py_XSETREF(loop.dtypes, Py_NewRef(dtypes));
   Py_XSETREF(loop.tensor_type, Py_NewRef(tensor_type));
   loop.waiting.mean = 1;
+  loop.waiting.entries = -1;
   return 0;
 }
 
@@ -227,6 +249,8 @@ PyMethodDef methods[] = {
     {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
     {"before_step", as_method(before_step), METH_FASTCALL,
      "Pre-hook: launch the control step; anything unusual goes to step_slowly."},
+    {"after_step", as_method(after_step), METH_FASTCALL,
+     "Post-hook: launch the snapshot kernel; news for the host goes to catch_up."},
     {"zero_gradients", zero_gradients, METH_NOARGS,
      "Zero all gradients if the step is skipped; those in several pieces go to zero_slowly."},
     {nullptr, nullptr, 0, nullptr}};
@@ -237,6 +261,10 @@ PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(DeviceLoop, core), READO
                          {"first", T_OBJECT, offsetof(DeviceLoop, first), 0, nullptr},
                          {"grad_norm", T_OBJECT, offsetof(DeviceLoop, grad_norm), 0, nullptr},
                          {"launched", T_LONGLONG, offsetof(DeviceLoop, launched), 0, nullptr},
+                         {"copied", T_LONGLONG, offsetof(DeviceLoop, copied), 0, nullptr},
+                         {"events", T_LONGLONG, offsetof(DeviceLoop, events), 0, nullptr},
+                         {"table", T_ULONGLONG, offsetof(DeviceLoop, table), 0, nullptr},
+                         {"watches", T_BOOL, offsetof(DeviceLoop, watches), 0, nullptr},
                          {"dtype", T_INT, offsetof(DeviceLoop, dtype), 0, nullptr},
                          {"flagged", T_BOOL, offsetof(DeviceLoop, flagged), 0, nullptr},
                          {"zeroes", T_BOOL, offsetof(DeviceLoop, zeroes), 0, nullptr},

@@ -14,6 +14,7 @@ namespace {
 // The few names of cuda.h that are used, with its values: a stable binary interface.
 using Result = int;
 constexpr Result kSuccess = 0;
+constexpr int kMultiprocessors = 16; // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr int kCapabilityMajor = 75; // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 constexpr int kCapabilityMinor = 76;
 constexpr unsigned kPortable = 1; // CU_MEMHOSTALLOC_PORTABLE
@@ -178,6 +179,13 @@ std::pair<int, int> compute_capability(int device) {
   check(driver().device_attribute(&major, kCapabilityMajor, device), action);
   check(driver().device_attribute(&minor, kCapabilityMinor, device), action);
   return {major, minor};
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  check(driver().device_attribute(&count, kMultiprocessors, device),
+        "tell the multiprocessors of the device");
+  return count;
 }
 
 Context primary_context(int device) {

@@ -31,6 +31,9 @@ int version();
 /// Compute capability, e.g. {9, 0}.
 std::pair<int, int> compute_capability(int device);
 
+/// Multiprocessors of a device.
+int multiprocessors(int device);
+
 /// The context that torch works in. Retained once per device and never released: a release at exit
 /// could take it away from others.
 Context primary_context(int device);

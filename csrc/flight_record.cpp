@@ -70,8 +70,10 @@ std::size_t FlightRecord::bytes(int64_t capacity) {
 
 int64_t FlightRecord::notices() const { return acquire(ring_.header->notices); }
 int64_t FlightRecord::written() const { return acquire(ring_.header->records); }
+int64_t FlightRecord::written_events() const { return acquire(ring_.header->events); }
+
 int64_t FlightRecord::dropped_events() const {
-  return std::max(int64_t{0}, acquire(ring_.header->events) - (kEventSlots - 1));
+  return std::max(int64_t{0}, written_events() - (kEventSlots - 1));
 }
 
 std::vector<Record> FlightRecord::records(int64_t since) const {

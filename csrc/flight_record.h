@@ -21,7 +21,8 @@ public:
 
   const Ring& ring() const { return ring_; }
   int64_t notices() const;
-  int64_t written() const;        // records so far
+  int64_t written() const; // records so far
+  int64_t written_events() const;
   int64_t dropped_events() const; // events that newer ones have overwritten
 
   /// Copies of the records numbered above `since` that are still there, oldest first.

@@ -123,6 +123,18 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
     start_over(config, state, decision);
 }
 
+/// The data has changed: the weights that were set aside are good after all, and what older
+/// snapshots say of the loss holds no more.
+ADAPTLR_HOST_DEVICE inline void accept_shift(const Signals& signals, const Archive& archive,
+                                             State& state, Decision& decision) {
+  const double slot = state.aside_slot;
+  return_to_aside(archive, state, decision);
+  expect_change(signals.loss, true, state);
+  state.restarts -= 1.0; // nothing had failed
+  state.good_slot = slot;
+  archive.of(slot) = state;
+}
+
 /// One step of a probe. A lasting change of the data is accepted, with the weights as they were.
 ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
                                               const Archive& archive, State& state,
@@ -131,8 +143,8 @@ ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signal
   if (state.step - state.phase_step + 1.0 < kProbeSteps)
     return;
   if (state.probe_sum > kProbeShift * kProbeSteps) {
-    return_to_aside(archive, state, decision);
-    return expect_change(signals.loss, true, state);
+    accept_shift(signals, archive, state, decision);
+    return;
   }
   cut(config, false, state);
   expect_change(signals.loss, false, state);

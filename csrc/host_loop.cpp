@@ -11,6 +11,7 @@ struct HostLoop {
   HostController* controller;
   double total;     // sum of the waiting losses
   double grad_norm; // of the coming step; negative: not given
+  long long order;  // what snapshots are to do after the update: save | restore << 4
   Waiting waiting;
 };
 
@@ -83,7 +84,10 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
   if (!check_hook_arguments(arguments, count))
     return nullptr;
   HostLoop& loop = loop_of(self);
-  if (loop.waiting.count == 0 || !loop.waiting.plain || !is_plain_call(arguments))
+  const Waiting& waiting = loop.waiting;
+  loop.order = 0;
+  if (waiting.count == 0 || !waiting.plain || waiting.prepares || !is_plain_call(arguments) ||
+      has_new_state(waiting, arguments[0]))
     return step_slowly(self, arguments);
   const Owned groups = owned(param_groups_of(arguments[0]));
   if (!groups)
@@ -93,9 +97,19 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
   const Decision decision = decide(loop, groups.ptr());
   if (!write_lrs(loop, groups.ptr(), decision.multiplier))
     return nullptr;
+  loop.order = order_of(decision);
   const int64_t skip = decision.action == Action::kSkip ? kSkipStep : 0;
   const int64_t code = loop.controller->flight_record().notices() | skip;
   return answer(self, code, loop.waiting.unheeded | kSkipStep);
+}
+
+PyObject* after_step(PyObject* self, PyObject* const*, Py_ssize_t) {
+  HostLoop& loop = loop_of(self);
+  if (loop.order == 0)
+    Py_RETURN_NONE;
+  const Owned order = owned(PyLong_FromLongLong(loop.order));
+  loop.order = 0;
+  return order ? PyObject_CallMethodOneArg(self, ADAPTLR_NAME("carry_out"), order.ptr()) : nullptr;
 }
 
 int initialise(PyObject* self, PyObject* args, PyObject*) {
@@ -114,6 +128,7 @@ int initialise(PyObject* self, PyObject* args, PyObject*) {
   Py_XSETREF(loop.written, PyList_New(0));
   loop.grad_norm = -1.0;
   loop.waiting.mean = 1;
+  loop.waiting.entries = -1;
   return loop.written == nullptr ? -1 : 0;
 }
 
@@ -134,12 +149,15 @@ PyMethodDef methods[] = {
     {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
     {"before_step", as_method(before_step), METH_FASTCALL,
      "Pre-hook: run the control step; anything unusual goes to step_slowly."},
+    {"after_step", as_method(after_step), METH_FASTCALL,
+     "Post-hook: hand an order for snapshots, if there is one, to carry_out."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(HostLoop, core), READONLY, nullptr},
                          {"written", T_OBJECT_EX, offsetof(HostLoop, written), READONLY, nullptr},
                          {"total", T_DOUBLE, offsetof(HostLoop, total), 0, nullptr},
                          {"grad_norm", T_DOUBLE, offsetof(HostLoop, grad_norm), 0, nullptr},
+                         {"order", T_LONGLONG, offsetof(HostLoop, order), 0, nullptr},
                          ADAPTLR_WAITING_MEMBERS(offsetof(HostLoop, waiting)),
                          {nullptr, 0, 0, 0, nullptr}};
 

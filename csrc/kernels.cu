@@ -233,4 +233,77 @@ extern "C" __global__ void __launch_bounds__(256) adaptlr_zero_if(const ZeroPara
     range.address[tail + thread] = 0;
 }
 
+namespace {
+
+/// Copies live to saved and restored to live, where those are not null; the live value is read
+/// before it is replaced. One thread block. Accesses go in batches because the compiler must not
+/// move a load over a store, and one load in flight per thread does not fill the memory's pipes.
+template <typename T>
+__device__ void exchange(T* live, T* saved, const T* restored, int64_t count) {
+  constexpr int kBatch = 4;
+  const int64_t threads = blockDim.x;
+  int64_t i = threadIdx.x;
+  for (; i + (kBatch - 1) * threads < count; i += kBatch * threads) {
+    T leaving[kBatch], coming[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (saved != nullptr)
+        leaving[k] = live[i + k * threads];
+      if (restored != nullptr)
+        coming[k] = restored[i + k * threads];
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (saved != nullptr)
+        saved[i + k * threads] = leaving[k];
+      if (restored != nullptr)
+        live[i + k * threads] = coming[k];
+    }
+  }
+  for (; i < count; i += threads) {
+    if (saved != nullptr)
+      saved[i] = live[i];
+    if (restored != nullptr)
+      live[i] = restored[i];
+  }
+}
+
+template <typename T> __device__ T* moved(unsigned char* address, int64_t bytes) {
+  return address == nullptr ? nullptr : reinterpret_cast<T*>(address + bytes);
+}
+
+__device__ void exchange(const Piece& piece, int64_t save, int64_t restore) {
+  unsigned char* saved = save == kNoSlot ? nullptr : piece.copies[save - 1];
+  unsigned char* restored = restore == kNoSlot ? nullptr : piece.copies[restore - 1];
+  if (saved == nullptr && restored == nullptr)
+    return;
+  const auto misaligned = reinterpret_cast<unsigned long long>(piece.address) % kVectorBytes;
+  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
+  if (head > piece.bytes)
+    head = piece.bytes;
+  const int64_t vectors = (piece.bytes - head) / kVectorBytes;
+  const int64_t tail = head + vectors * kVectorBytes;
+  exchange(piece.address, saved, restored, head);
+  exchange(moved<uint4>(piece.address, head), moved<uint4>(saved, head),
+           moved<uint4>(restored, head), vectors);
+  exchange(piece.address + tail, moved<unsigned char>(saved, tail),
+           moved<unsigned char>(restored, tail), piece.bytes - tail);
+}
+
+} // namespace
+
+/// Fills and puts back the slots that the last control step has ordered, usually none. Launched
+/// after the update, with a grid that does not depend on the table.
+extern "C" __global__ void __launch_bounds__(256)
+    adaptlr_snapshot(const __grid_constant__ SnapshotParams params) {
+  const bool filling = params.fill != kNoSlot;
+  const int64_t save = filling ? params.fill : params.block->save;
+  const int64_t restore = filling ? kNoSlot : params.block->restore;
+  if (save == kNoSlot && restore == kNoSlot)
+    return;
+  const SnapshotTable table = *params.table;
+  for (int64_t i = blockIdx.x; i < table.count; i += gridDim.x)
+    exchange(table.pieces[i], save, restore);
+}
+
 } // namespace adaptlr

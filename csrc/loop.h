@@ -24,12 +24,14 @@ struct Waiting {
   long long last_count; // losses that the last step used
   long long unobserved; // optimizer steps in a row without a loss
   long long unheeded;   // notices that Python must hear of
+  long long entries;    // of optimizer.state, as Python knows them; negative: it need not know
   char mean;            // the loss of a step is the mean of the waiting ones; else their sum
   char cleared;         // zero_grad was called while a loss waited
   char observes_first;  // this training loop calls zero_grad between observe and backward
   char accumulates;     // some step used several losses
   char plain;           // nothing about this optimizer needs Python in every step
   char suspended;       // losses are not observed, and every step is skipped
+  char prepares;        // Python has something to do before the coming step, whatever it is
 
   void taken() {
     last_count = count;
@@ -49,6 +51,8 @@ struct Waiting {
       {"cleared", T_BOOL, (offset) + offsetof(Waiting, cleared), 0, nullptr},                      \
       {"observes_first", T_BOOL, (offset) + offsetof(Waiting, observes_first), 0, nullptr},        \
       {"accumulates", T_BOOL, (offset) + offsetof(Waiting, accumulates), 0, nullptr},              \
+      {"entries", T_LONGLONG, (offset) + offsetof(Waiting, entries), 0, nullptr},                  \
+      {"prepares", T_BOOL, (offset) + offsetof(Waiting, prepares), 0, nullptr},                    \
       {"plain", T_BOOL, (offset) + offsetof(Waiting, plain), 0, nullptr}, {                        \
     "suspended", T_BOOL, (offset) + offsetof(Waiting, suspended), 0, nullptr                       \
   }
@@ -108,6 +112,16 @@ inline PyObject* answer(PyObject* self, int64_t code, int64_t heeded) {
 
 inline PyObject* param_groups_of(PyObject* optimizer) {
   return PyObject_GetAttr(optimizer, ADAPTLR_NAME("param_groups"));
+}
+
+/// Whether the optimizer has state that Python has not seen: new tensors for snapshots.
+inline bool has_new_state(const Waiting& waiting, PyObject* optimizer) {
+  if (waiting.entries < 0)
+    return false;
+  const Owned state = owned(PyObject_GetAttr(optimizer, ADAPTLR_NAME("state")));
+  const Py_ssize_t entries = state ? PyObject_Size(state.ptr()) : -1;
+  PyErr_Clear();
+  return entries != waiting.entries;
 }
 
 template <typename Function> PyCFunction as_method(Function* function) {

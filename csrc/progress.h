@@ -277,7 +277,7 @@ inline Medians take_difference(double loss, const Progress& p, double* window) {
   const int newest = static_cast<int>(p.next_difference);
   window[newest] = fabs(loss - p.previous_loss);
   const int count = static_cast<int>(smaller(p.count, kDifferences));
-  double sorted[kDifferences];
+  double sorted[kDifferences] = {};
   const auto median = [&sorted](int n) { return 0.5 * (sorted[(n - 1) / 2] + sorted[n / 2]); };
   Medians medians{0.0, 0.0};
   for (int taken = 0; taken < count; ++taken) { // insertion, from the newest to the oldest

@@ -36,6 +36,9 @@ constexpr int kMaxGroups = 64;
 /// others take turns.
 enum Slot : int32_t { kNoSlot, kStart, kFirst, kSecond };
 constexpr int kSlots = 3;
+/// Record::action is action | save << kSaveShift | restore << kRestoreShift.
+constexpr int kSaveShift = 4;
+constexpr int kRestoreShift = 8;
 
 enum class Decay : int64_t {
   kCosine,
@@ -181,7 +184,7 @@ struct Statistics : Curve {
   Progress fine;                         // of every loss
   Progress coarse;                       // of means of block_steps losses; unused where that is 1
   double fine_differences[kDifferences]; // between successive samples, in size; the last ones
-  double coarse_differences[kDifferences];
+  double coarse_differences[kDifferences]; // of the means
 };
 
 /// Everything that lasts from step to step, all of it in checkpoints.
@@ -237,9 +240,6 @@ struct Decision {
   int32_t restore; // the Slot that is put back after the update of this step, which is skipped
   bool event;      // something was done, or would have been: the record belongs among the events
 };
-
-constexpr int kSaveShift = 4;
-constexpr int kRestoreShift = 8;
 
 /// One line of the flight record. 128 bytes: a whole number of cache lines.
 struct Record {

@@ -18,7 +18,7 @@ from conftest import loss_of, parameters_of, same
 from torch._dynamo.utils import counters
 
 import adaptlr
-from adaptlr import AdaptiveLR, Guard, compiled
+from adaptlr import AdaptiveLR, Guard, _extension, compiled
 
 # torch warns of its own parts while it compiles. That it cannot trace something is not to happen.
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "error:Graph break due")
@@ -252,6 +252,26 @@ def test_a_compiled_step_takes_a_closure(make_model, batches):
     controller, parameters = run(lambda step: torch.compile(step, backend="aot_eager"))
     np.testing.assert_array_equal(controller.history()["lr"], eager.history()["lr"])
     torch.testing.assert_close(parameters, expected)
+
+
+def test_a_compiled_step_carries_out_orders_for_snapshots(make_model, batches):
+    model, optimizer, controller = attached(make_model)
+    start = parameters_of(model)
+    orders = []  # of the coming step; the hook comes before adaptlr's own
+    handle = optimizer.register_step_post_hook(
+        lambda *_: setattr(controller._path, "order", orders.pop() if orders else 0)
+    )
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    step = torch.compile(lambda loss: controller.step(loss), backend="aot_eager")
+    for index, batch in enumerate(batches[:6]):
+        if index == 5:
+            assert not same(parameters_of(model), start)
+            orders.append(_extension.START_SLOT << 4)
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        step(loss)
+    assert same(parameters_of(model), start)
 
 
 def test_two_controllers_share_compiled_code(make_model, batches):

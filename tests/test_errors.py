@@ -53,10 +53,15 @@ CONSTRUCTOR = [
     ({"device_path": "fused"}, ValueError, "needs parameters on a CUDA device, got cpu"),
     ({"device_path": "capturable"}, ValueError, "needs parameters on a CUDA device, got cpu"),
     ({"check_lr": True}, ValueError, "check_lr=True is not available in this version"),
-    ({"snapshot": "auto"}, ValueError, "snapshot='auto' is not available in this version"),
+    (
+        {"snapshot": "disk"},
+        ValueError,
+        "snapshot must be one of ('auto', 'device', 'host', 'off'",
+    ),
     ({"recorder": "run.jsonl"}, ValueError, "recorder='run.jsonl' is not available"),
     ({"search": 1}, ValueError, "search=1 is not available in this version"),
-    ({"model": 1}, ValueError, "model=1 is not available in this version"),
+    ({"model": 1}, TypeError, "model must be a torch.nn.Module or None, got int"),
+    ({"on_rollback": 1}, TypeError, "on_rollback must be callable or None, got int"),
     ({"process_group": 1}, ValueError, "process_group=1 is not available in this version"),
 ]
 

@@ -329,7 +329,7 @@ def test_losses_of_a_compiled_model_are_averaged_from_the_first_step_on(make_mod
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
-def test_one_loss_a_step_costs_one_launch_from_the_second_step_on(make_model, data):
+def test_one_loss_a_step_costs_two_launches_from_the_second_step_on(make_model, data):
     model = make_model(device="cuda")
     controller = AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.01), total_steps=20)
     train(controller, model, data[:2])
@@ -338,4 +338,4 @@ def test_one_loss_a_step_costs_one_launch_from_the_second_step_on(make_model, da
         train(controller, model, data[:3])
         torch.cuda.synchronize()
     names = [event.name for event in profiler.events() if event.name.startswith("adaptlr")]
-    assert names == ["adaptlr_control_step"] * 3
+    assert names == ["adaptlr_control_step", "adaptlr_snapshot"] * 3

@@ -151,7 +151,7 @@ def test_multiplier_and_skip_are_those_of_the_reference() -> None:
     controller, state = extension.HostController(row, history_size=64), State()
     for signals in signals_of(trace)[:3100]:
         decision, _ = reference.control_step(config, signals, state)
-        skip, _, lrs = controller.step(*dataclasses.astuple(signals))
+        skip, _, lrs, _ = controller.step(*dataclasses.astuple(signals))
         assert skip == bool(decision.action)
         assert lrs == pytest.approx([PEAK * decision.multiplier], rel=RTOL, abs=0)
 
