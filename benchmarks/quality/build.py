@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from adaptlr.cli.demo_task import MODEL_FOLDER, load_task
@@ -53,7 +54,7 @@ def digits() -> Arrays:
     from sklearn.datasets import load_digits
 
     inputs, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(1).permutation(len(labels)).astype(np.int32)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1)).int().numpy()
     return {
         "inputs": inputs.reshape(-1, 1, 8, 8).astype(np.uint8),
         "labels": labels.astype(np.int16),
