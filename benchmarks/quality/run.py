@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import os
 import time
@@ -36,8 +37,9 @@ MOST_FAILURES = 5  # a broken set-up fails every time, and a CUDA error spoils a
 class Worker:
     """Takes runs one after the other, in a process of its own; data stay loaded."""
 
-    def __init__(self, directory: Path, device: str, deadline: float) -> None:
-        self.directory, self.device, self.deadline = directory, torch.device(device), deadline
+    def __init__(self, directory: Path, device: str, graphs: bool, deadline: float) -> None:
+        self.directory, self.device = directory, torch.device(device)
+        self.graphs, self.deadline = graphs, deadline
         torch.set_num_threads(1)  # workers share the cores
         torch.set_float32_matmul_precision("high")  # TF32, as in the sweep of tasks.py
         logging.disable(logging.WARNING)
@@ -52,7 +54,8 @@ class Worker:
         if time.time() > self.deadline:
             return None
         try:
-            return train(run, self.load(ALL_TASKS[run.task].data), self.device)
+            data = self.load(ALL_TASKS[run.task].data)
+            return train(run, data, self.device, self.graphs)
         except Exception:  # whatever it was, other runs may do better
             return {**asdict(run), "error": traceback.format_exc()}
         finally:
@@ -70,8 +73,9 @@ def _run(run: Run) -> dict | None:
 
 def measure(runs: list[Run], arguments: argparse.Namespace) -> Iterable[dict | None]:
     """Yield rows as they are finished, in any order."""
-    minutes = arguments.minutes if arguments.minutes else float("inf")
-    setting = (arguments.data, arguments.device, time.time() + 60 * minutes)
+    graphs = arguments.device.startswith("cuda") and not arguments.eager
+    deadline = time.time() + 60 * arguments.minutes
+    setting = (arguments.data, arguments.device, graphs, deadline)
     if arguments.workers == 1:
         yield from map(Worker(*setting), runs)
         return
@@ -125,10 +129,11 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=int, default=2, help="how many, from 0")
     add("--sweep", action="store_true", help="plain runs over all rates instead")
     add("--steps", type=int, help="a shorter budget, to see whether everything runs")
-    add("--minutes", type=float, help="no run is started after so long")
+    add("--minutes", type=float, default=math.inf, help="no run is started after so long")
     cores = max(1, min(15, (os.cpu_count() or 1) - 1))
     add("--workers", type=int, default=cores if on_cuda else 1, help="runs side by side")
     add("--device", default="cuda" if on_cuda else "cpu")
+    add("--eager", action="store_true", help="no CUDA graphs: slower, errors are easier to read")
     add("--commit", default="", help="commit of the sources, outside of a clone")
     return parser.parse_args()
 

@@ -41,7 +41,7 @@ class Run:
         return self.task, self.optimizer, self.method, f"{self.lr:.4g}", self.seed, self.steps
 
 
-def train(run: Run, data: Data, device: torch.device) -> dict:
+def train(run: Run, data: Data, device: torch.device, graphs: bool) -> dict:
     """Train and evaluate; return the row of the results."""
     begun = time.perf_counter()
     task = ALL_TASKS[run.task]
@@ -52,7 +52,7 @@ def train(run: Run, data: Data, device: torch.device) -> dict:
     gradients = Gradients(model, data, batches[0])
     method = METHODS[run.method](run.optimizer, gradients, run.lr, run.steps)
     stages = method.stages()
-    if device.type == "cuda":
+    if graphs:
         stages = captured(stages, model, method.suspended())
         method.captured()
     torch.manual_seed(run.seed)  # dropout, whatever was drawn before
