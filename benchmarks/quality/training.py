@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.data import Data, draw, evaluate
+from benchmarks.quality.method import Method
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.stages import Gradients, captured
+from benchmarks.quality.stages import Gradients, Stage, captured
 from benchmarks.quality.tasks import ALL_TASKS, progress_recovered
 
 CURVE_POINTS = 60
@@ -74,7 +75,9 @@ def train(run: Run, data: Data, device: torch.device, graphs: bool) -> dict:
     }
 
 
-def _loop(method: object, stages: list, gradients: Gradients, batches: Tensor) -> list[float]:
+def _loop(
+    method: Method, stages: list[Stage], gradients: Gradients, batches: Tensor
+) -> list[float]:
     """Take all steps, or those until the method gives up; return their losses."""
     losses = torch.full((len(batches),), math.nan, device=batches.device)
     for index, batch in enumerate(batches.unbind()):
