@@ -55,10 +55,13 @@ def spam(cache: Path) -> Labelled:
 
 
 def _mail_text(contents: bytes) -> str:
-    """Return subject and first text part, without markup."""
+    """Return subject and first text part, without markup; nothing if there is no such part."""
     message = email.message_from_bytes(contents)
     parts = (part for part in message.walk() if part.get_content_maintype() == "text")
-    body = (next(parts, message).get_payload(decode=True) or b"").decode("latin-1")
+    part = next(parts, None)
+    if part is None:
+        return ""
+    body = (part.get_payload(decode=True) or b"").decode("latin-1")
     body = re.sub(r"(?is)<(style|script).*?</\1>", " ", body)
     body = html.unescape(re.sub(r"<[^>]*>", " ", body))
     text = re.sub(r"\s+", " ", f"{message.get('subject', '')} . {body}")
