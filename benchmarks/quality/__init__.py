@@ -1,0 +1,1 @@
+"""How well runs end: real fine-tuning tasks, several methods, several seeds."""

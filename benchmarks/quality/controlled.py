@@ -1,0 +1,59 @@
+"""The method that is measured: adaptlr as a user gets it."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+
+from adaptlr import AdaptiveLR, TrainingDiverged
+from adaptlr.cli.demo_training import WARMUP
+from benchmarks.quality.method import Story, make_optimizer
+from benchmarks.quality.stages import Gradients, Stage
+
+# Versions with snapshots want the model for its buffers (BatchNorm); those without refuse it.
+HAS_SNAPSHOTS = inspect.signature(AdaptiveLR).parameters["snapshot"].default == "auto"
+CHECK_EVERY = 20  # steps; the check reads host memory alone
+
+
+class Adaptlr:
+    """`AdaptiveLR` with everything at its default; the whole step is one stage."""
+
+    def __init__(self, optimizer: str, gradients: Gradients, peak: float, steps: int) -> None:
+        self.gradients = gradients
+        self.story = Story()
+        optimizer = make_optimizer(optimizer, gradients.parameters, peak)
+        options = {"model": gradients.model} if HAS_SNAPSHOTS else {}
+        self.controller = AdaptiveLR(optimizer, steps, warmup=WARMUP, **options)
+
+    def stages(self) -> list[Stage]:
+        return [self._step]
+
+    def _step(self) -> None:
+        self.gradients()
+        self.controller.step(self.gradients.loss, grad_norm=self.gradients.norm)
+
+    def suspended(self) -> AbstractContextManager:
+        return self.controller.suspended()
+
+    def captured(self) -> None:
+        """Nothing to do: suspended steps have left no trace."""
+
+    def step(self, index: int, stages: list[Stage]) -> bool:
+        """Take a step; False once the run has been given up."""
+        try:
+            stages[0]()
+            if index % CHECK_EVERY == CHECK_EVERY - 1:
+                self.controller.check()
+        except TrainingDiverged as error:
+            self.story.diverged = str(error)
+        return self.story.diverged is None
+
+    def finish(self) -> Story:
+        self.controller.detach()  # waits for the device: the records are complete then
+        try:
+            self.controller.check()
+        except TrainingDiverged as error:
+            self.story.diverged = str(error)
+        self.story.lrs = self.controller.history()["lr"].tolist()
+        self.story.events = [(e.step, e.kind, e.reason) for e in self.controller.events()]
+        return self.story

@@ -1,0 +1,15 @@
+"""The methods by name, in the order of the tables."""
+
+from __future__ import annotations
+
+from benchmarks.quality import peers
+from benchmarks.quality.controlled import Adaptlr
+from benchmarks.quality.method import Method
+
+METHODS: dict[str, type[Method]] = {
+    "adaptlr": Adaptlr,
+    "plain": peers.Plain,
+    "plateau": peers.Plateau,
+    "greedy": peers.Greedy,
+    "skip6": peers.SkipSixSigma,
+}

@@ -1,0 +1,110 @@
+"""The quality benchmark on random pictures: its methods, its grid, its report."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from adaptlr.bench.timing import quiet
+from benchmarks.quality import grid, report
+from benchmarks.quality.data import Labelled
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.peers import SkipSixSigma
+from benchmarks.quality.stages import Gradients
+from benchmarks.quality.tasks import TASKS, progress_recovered
+from benchmarks.quality.training import CURVE_POINTS, Run, train
+
+CPU = torch.device("cpu")
+PLANNED = Run("digits", "adamw", "plain", 1, 3e-3, seed=0, steps=40)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 10, 200).astype(np.int16)
+    inputs = random.integers(0, 3, (200, 1, 8, 8)) + labels[:, None, None, None]
+    examples = np.arange(200, dtype=np.int32)
+    arrays = {"inputs": inputs.astype(np.uint8), "labels": labels}
+    return Labelled(arrays | {"train": examples[:150], "held_out": examples[150:]}, CPU)
+
+
+@pytest.fixture(scope="module")
+def rows(pictures):
+    runs = [
+        replace(PLANNED, method=method, optimizer=optimizer)
+        for method in METHODS
+        for optimizer in grid.OPTIMIZERS
+    ]
+    with quiet():  # one thread, as in the workers: these models are too small for more
+        return [train(run, pictures, CPU, graphs=False) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("end", "score"), [(1.0, 1.0), (0.5, 1.25), (2.0, 0.5), (3.0, 0.0), (9.0, 0.0), (math.nan, 0.0)]
+)
+def test_progress_recovered(end, score):
+    assert progress_recovered(start=3.0, end=end, best=1.0) == score
+
+
+def test_a_row_tells_the_whole_run(rows):
+    for row in rows:
+        assert row["eval_loss"] < row["e0"]
+        assert len(row["curve"]) == PLANNED.steps <= CURVE_POINTS
+        assert json.loads(json.dumps(row, allow_nan=False))["score"] == row["score"]
+
+
+def test_a_run_that_is_left_alone_equals_the_plain_one_step_for_step(rows):
+    by_key = {(row["method"], row["optimizer"]): row for row in rows}
+    for optimizer in grid.OPTIMIZERS:
+        ours, plain = by_key["adaptlr", optimizer], by_key["plain", optimizer]
+        assert ours["events"] == []
+        assert ours["curve"] == plain["curve"]
+
+
+def test_the_rule_of_six_sigma_skips_outliers_and_all_after_a_nan(pictures):
+    gradients = Gradients(TASKS["digits"].model(10), pictures, pictures.train[:8])
+    method = SkipSixSigma("sgd", gradients, 0.1, 1000)
+    gradients.norm = torch.tensor(1.0)
+
+    def accepts(loss):
+        gradients.loss = torch.tensor(loss)
+        return method.accepts(0)
+
+    assert all(accepts(1.0 + 0.01 * (index % 2)) for index in range(64))
+    assert not accepts(2.0)
+    assert accepts(1.0)
+    assert not accepts(math.nan)
+    assert not any(accepts(1.0) for _ in range(SkipSixSigma.window))
+    assert accepts(1.0)
+
+
+def test_a_file_of_rows_tells_which_runs_are_done(rows, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [{"facts": "a machine", "slug": "machine"}, {"task": "digits", "error": "..."}, *rows]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = {grid.key_of(row) for row in grid.read_rows(file)}
+    assert len(done) == len(rows)
+    assert PLANNED.key() in done
+    assert replace(PLANNED, seed=1).key() not in done
+
+
+def test_the_first_seed_comes_first_and_covers_every_cell():
+    runs = list(
+        grid.guard_grid(list(TASKS), grid.OPTIMIZERS, list(METHODS), grid.MULTIPLES, (0, 1), None)
+    )
+    half = len(runs) // 2
+    assert half == 6 * 2 * 5 * 7
+    assert {run.seed for run in runs[:half]} == {0}
+    assert {replace(run, seed=1) for run in runs[:half]} == set(runs[half:])
+
+
+def test_the_report_has_a_line_for_every_optimizer_and_method(rows):
+    text = report.summary(rows)
+    for optimizer in grid.OPTIMIZERS:
+        for method in METHODS:
+            assert f"| {optimizer} | {method} | 1 |" in text
