@@ -18,6 +18,7 @@ constexpr double kRampDivisor = 3.0;
 constexpr double kLeastCut = 2.0;      // of every restart
 constexpr double kLeastSchedule = 0.2; // a restart makes up for this much of the decay
 constexpr double kSeenErrors = 2.0;    // progress that is there
+constexpr double kSureErrors = 4.0;    // even for the lowest of many levels
 constexpr double kSeenSamples = 6.0;
 constexpr double kEarlyRamp = 12.0; // samples: an alarm before them began the ramp too high
 constexpr double kRampErrors = 2.5; // above the lowest level: the best of a ramp lies behind
@@ -27,7 +28,8 @@ constexpr double kTrialSamples = 20.0;
 constexpr double kTrialErrors = 2.5;
 constexpr double kMaxTrials = 3.0;
 constexpr double kTestErrors = 3.0;
-constexpr double kSoftPause = 24.0; // samples after a trial
+constexpr double kSoftPause = 24.0; // samples after a trial or a test
+constexpr double kNever = 1e18;     // above every level
 
 constexpr double kProbeSteps = 8.0;
 constexpr double kProbeShift = 1.2; // mean score of a probe: 3.4 standard errors
@@ -215,11 +217,13 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
     state.aside_slot = kNoSlot;
     return settle(config, state, decision);
   }
-  const double level = p.lowest_level, log_lr = p.lowest_log_lr;
+  const double level = p.lowest_evidence > kSureErrors ? p.lowest_level : kNever;
+  const double log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
   state.tested = 1.0;
   state.ramp_level = level;
   state.ramp_log_lr = log_lr;
+  state.soft_step = state.step + kSoftPause * config.block_steps;
 }
 
 /// One step of a ramp without an alarm.

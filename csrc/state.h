@@ -179,11 +179,11 @@ struct Curve {
 
 /// All that is measured; set aside and put back with the weights.
 struct Statistics : Curve {
-  double block_sum;                      // of the losses for the next sample of `coarse`
-  double block_count;                    // losses in block_sum
-  Progress fine;                         // of every loss
-  Progress coarse;                       // of means of block_steps losses; unused where that is 1
-  double fine_differences[kDifferences]; // between successive samples, in size; the last ones
+  double block_sum;                        // of the losses for the next sample of `coarse`
+  double block_count;                      // losses in block_sum
+  Progress fine;                           // of every loss
+  Progress coarse;                         // of means of block_steps losses; unused where that is 1
+  double fine_differences[kDifferences];   // between successive samples, in size; the last ones
   double coarse_differences[kDifferences]; // of the means
 };
 
@@ -216,7 +216,7 @@ struct State : Statistics {
   double trials;                // that did not help
   double tested;                // 1: the last test told nothing
   double soft_step;             // the first at which a soft chart may speak again
-  double ramp_level;            // lowest level of a test that told nothing; loss
+  double ramp_level;            // lowest level of a test that told nothing, if it learned; loss
   double ramp_log_lr;           // its ln lr
   double probe_sum;             // of the probe's clipped scores
   double aside_slot;            // where the state lies that was set aside; a Slot

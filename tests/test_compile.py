@@ -128,10 +128,18 @@ def train(
     return Run(parameters_of(model), controller, counter.frame_count, breaks)
 
 
-def controlled(make_model, make_optimizer, batches, mode, guard=Guard(), **options) -> Run:  # noqa: B008
+def controlled(
+    make_model,
+    make_optimizer,
+    batches,
+    mode,
+    guard=Guard(),  # noqa: B008
+    snapshot="auto",
+    **options,
+) -> Run:
     model = make_model()
     optimizer = make_optimizer(model.parameters())
-    controller = AdaptiveLR(optimizer, total_steps=STEPS, guard=guard)
+    controller = AdaptiveLR(optimizer, total_steps=STEPS, guard=guard, snapshot=snapshot)
     return train(model, optimizer, batches, mode, controller=controller, **options)
 
 
@@ -195,6 +203,7 @@ def test_a_diverged_run_raises(mode, make_model, batches):
             batches,
             mode,
             guard=Guard(max_consecutive_skips=2),
+            snapshot="off",
             poison=(2, 3, 4, 5),
         )
 

@@ -69,7 +69,7 @@ def test_without_a_guard_it_equals_the_bare_optimizer_bit_for_bit(name, make_mod
 def test_a_skipped_step_leaves_no_trace_in_any_optimizer(name, make_model, batches):
     controlled, bare = make_model(), make_model()
     optimizer = OPTIMIZERS[name](controlled.parameters())
-    controller = AdaptiveLR(optimizer, total_steps=STEPS)
+    controller = AdaptiveLR(optimizer, total_steps=STEPS, snapshot="off")
     poison = (0, 7, 8, 20)
     train(controlled, optimizer, batches, controller=controller, poison=poison)
     assert np.flatnonzero(controller.history()["action"]).tolist() == list(poison)
@@ -243,7 +243,7 @@ def test_an_open_ended_run_needs_no_total_steps(make_model):
 
 def test_a_blow_up_is_cut_re_warmed_and_explained(make_model, batches):
     optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
-    controller = AdaptiveLR(optimizer, total_steps=1000, warmup=0, decay="constant")
+    controller = AdaptiveLR(optimizer, total_steps=1000, warmup=0, decay="constant", snapshot="off")
     rng = np.random.default_rng(0)
     for step in range(600):
         rise = math.exp((step - 200) / 5) if 200 <= step < 240 else 0.0
@@ -272,7 +272,8 @@ def test_observe_mode_reports_and_never_acts(make_model, batches):
 def test_a_spent_budget_raises_with_the_story_and_leaves_the_parameters(make_model, batches):
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    controller = AdaptiveLR(optimizer, total_steps=100, guard=Guard(max_consecutive_skips=2))
+    guard = Guard(max_consecutive_skips=2)
+    controller = AdaptiveLR(optimizer, total_steps=100, guard=guard, snapshot="off")
     train(model, optimizer, batches, 5, controller)
     before = parameters_of(model)
     for _ in range(2):
@@ -305,7 +306,7 @@ def test_a_gradient_norm_that_is_not_finite_skips_the_step(make_model, batches):
 
 def test_a_gradient_norm_far_above_its_level_is_flagged_and_nothing_else_is_done(make_model):
     optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
-    controller = AdaptiveLR(optimizer, total_steps=100, warmup=0, decay="constant")
+    controller = AdaptiveLR(optimizer, total_steps=100, warmup=0, decay="constant", snapshot="off")
     norms = 1.0 + 0.1 * np.random.default_rng(0).standard_normal(40)
     norms[30] = 100.0
     for step, norm in enumerate(norms):
@@ -405,7 +406,7 @@ def test_resuming_equals_never_having_stopped(make_model, batches, stop):
     def fresh():
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        return model, optimizer, AdaptiveLR(optimizer, total_steps=200, warmup=0)
+        return model, optimizer, AdaptiveLR(optimizer, total_steps=200, warmup=0, snapshot="off")
 
     def run(model, optimizer, controller, first, last):
         for step in range(first, last):

@@ -135,7 +135,7 @@ def test_without_a_guard_it_equals_a_bare_loop_under_the_same_rates(
 def test_a_skipped_step_is_what_the_table_says(case, device, make_model, inputs):
     controlled, bare = make_model(device=device), make_model(device=device)
     optimizer = case.make(controlled.parameters())
-    controller = AdaptiveLR(optimizer, total_steps=STEPS)
+    controller = AdaptiveLR(optimizer, total_steps=STEPS, snapshot="off")
     train(controller, controlled, inputs[:STEPS], poison=POISON)
     history = history_of(controller)
     assert np.flatnonzero(history["action"]).tolist() == list(POISON)
