@@ -29,13 +29,18 @@ def decay(config: Config, step: float) -> float:
     x = age / (config.total_steps - config.warmup_steps)
     match config.decay:
         case Decay.COSINE:
-            return 0.5 * (1 + math.cos(math.pi * x))
+            return half_cosine(x)
         case Decay.LINEAR:
             return 1 - x
         case Decay.WSD:
             return min(1.0, (1 - x) / config.decay_share)
     turns = config.cycles * x
-    return 0.5 * (1 + math.cos(math.pi * (turns - math.ceil(turns) + 1)))
+    return half_cosine(turns - math.ceil(turns) + 1)
+
+
+def half_cosine(x: float) -> float:
+    """Return (1 + cos(pi x)) / 2 without its cancellation near 1: the log of an LR is a sample."""
+    return math.sin(math.pi / 2 * (1 - x)) ** 2
 
 
 def own_schedule(config: Config, state: State) -> float:
