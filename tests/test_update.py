@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -31,7 +32,11 @@ from adaptlr.reference import (
 # 1.1e-13 of what a field is made of. The rest is room for a difference of two such numbers.
 RTOL = 1e-12
 WINDOWS = ("fine_differences", "coarse_differences")
-STATE_FIELDS = [name for name in flattened(State()) if name not in WINDOWS]
+STATE_FIELDS = [
+    name
+    for name in flattened(State())
+    if name not in WINDOWS or name in extension.state_dtype.names
+]
 STATE_EVERY = 50  # steps; records are compared at every step
 
 # Logs, exponentials, sines and roots are right to a few ulp in both; where one feeds the next, as
@@ -121,15 +126,15 @@ def signals_of(trace: Trace) -> list[Signals]:
 
 def run_reference(
     config: Config, signals: list[Signals], every: int = STATE_EVERY
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the record of every step and every 50th state, shape ``(states, fields)``."""
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the record of every step, and the fields of every 50th state, an array each."""
     state, archive, records, states = State(), Archive(), [], []
     for i, step_signals in enumerate(signals):
         records.append(reference.control_step(config, step_signals, state, archive)[1])
         if i % every == every - 1:
-            fields = flattened(state)
-            states.append([float(fields[name]) for name in STATE_FIELDS])
-    return np.array(records, dtype=reference.RECORD_DTYPE), np.array(states)
+            states.append(flattened(copy.deepcopy(state)))
+    fields = {name: np.array([fields[name] for fields in states]) for name in STATE_FIELDS}
+    return np.array(records, dtype=reference.RECORD_DTYPE), fields
 
 
 def run_extension(config: Config, signals: list[Signals]) -> tuple[np.ndarray, np.ndarray]:
@@ -177,15 +182,20 @@ def test_every_field_matches_reference(trace: Trace, config: Config) -> None:
 
 def assert_same(
     actual: tuple[np.ndarray, np.ndarray],
-    expected: tuple[np.ndarray, np.ndarray],
+    expected: tuple[np.ndarray, dict[str, np.ndarray]],
     loss_unit: float,
 ) -> None:
     """Compare records and states, field by field."""
     (records, states), (expected_records, expected_states) = actual, expected
     for name in Record._fields:
         assert_close(records[name], expected_records[name], name, loss_unit)
-    for i, name in enumerate(STATE_FIELDS):
-        assert_close(states[name], expected_states[:, i], name, loss_unit)
+    for name in STATE_FIELDS:
+        assert_close(states[name], expected_states[name], name, loss_unit)
+
+
+@pytest.mark.xfail(strict=True, reason="the windows of differences have no name in the dtype")
+def test_every_field_of_the_state_has_a_name_in_the_extension() -> None:
+    assert set(flattened(State())) == set(extension.state_dtype.names)
 
 
 # Closed loops.
