@@ -24,9 +24,15 @@ class GuardMode(enum.IntEnum):
 
 
 class Phase(enum.IntEnum):
-    """Where the guard is between an alarm and its end."""
+    """Where the guard is between an alarm or an experiment and its end."""
 
-    RUN, REWARM, HOLD, REGROW, FAILED = range(5)
+    RUN, REWARM, HOLD, REGROW, FAILED, TRIAL, RESCUE, TEST, PROBE = range(9)
+
+
+class Slot(enum.IntEnum):
+    """Place for a snapshot of parameters and optimizer state."""
+
+    NO_SLOT, START, FIRST, SECOND = range(4)
 
 
 class Action(enum.IntEnum):
@@ -41,9 +47,7 @@ class Flag(enum.IntFlag):
     NONFINITE, SPIKE, DIVERGE, DRIFT, WORSE, OVERFLOW, OVERWRITTEN, ENDED, NORM_SPIKE = (
         1 << i for i in range(9)
     )
-
-
-ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE
+    LOST, ABOVE, NO_PROGRESS, STALL = (1 << i for i in range(9, 13))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Config:
     regrow_growth: float
     max_consecutive_skips: float
     snapshot_slots: float
+    snapshot_steps: float
+    chart_steps: float
+    block_steps: float
+    sensitivity: float
+    max_restarts: float
     peak: float
     peaks: tuple[float, ...]
     group_count: int
@@ -82,12 +91,46 @@ class Signals:
     overwritten: bool = False
 
 
-@dataclasses.dataclass
-class State:
-    """Everything that lasts from step to step."""
+DIFFERENCES = 24  # that the noise is taken from
 
-    step: float = 0.0
-    lr: float = 0.0
+
+@dataclasses.dataclass
+class Progress:
+    """What the collapse charts know of the loss since the run was started, or started again."""
+
+    count: float = 0.0
+    first_loss: float = 0.0
+    previous_loss: float = 0.0
+    next_difference: float = 0.0
+    difference_trend: float = 0.0
+    difference_residual: float = 0.0
+    difference_agreement: float = 0.0
+    variance_factor: float = 0.0
+    noise: float = 0.0
+    cleanest_noise: float = 0.0
+    fast_level: float = 0.0
+    slow_level: float = 0.0
+    log_lr: float = 0.0
+    highest_level: float = 0.0
+    lowest_level: float = 0.0
+    lowest_slow_level: float = 0.0
+    lowest_variance: float = 0.0
+    lowest_slow_variance: float = 0.0
+    lowest_noise: float = 0.0
+    lowest_log_lr: float = 0.0
+    lowest_evidence: float = 0.0
+    lowest_age: float = 0.0
+
+
+def no_differences() -> list[float]:
+    """Return an empty window of differences."""
+    return [0.0] * DIFFERENCES
+
+
+@dataclasses.dataclass
+class Curve:
+    """The long run of the loss and of the gradient norm."""
+
     samples: float = 0.0
     observed: float = 0.0
     level: float = 0.0
@@ -114,6 +157,26 @@ class State:
     norm_level: float = 0.0
     norm_variance: float = 0.0
     norm_spike_threshold: float = 6.0
+
+
+@dataclasses.dataclass
+class Statistics(Curve):
+    """All that is measured; set aside and put back with the weights."""
+
+    block_sum: float = 0.0
+    block_count: float = 0.0
+    fine: Progress = dataclasses.field(default_factory=Progress)
+    coarse: Progress = dataclasses.field(default_factory=Progress)
+    fine_differences: list[float] = dataclasses.field(default_factory=no_differences)
+    coarse_differences: list[float] = dataclasses.field(default_factory=no_differences)
+
+
+@dataclasses.dataclass
+class State(Statistics):
+    """Everything that lasts from step to step."""
+
+    step: float = 0.0
+    lr: float = 0.0
     phase: Phase = Phase.RUN
     phase_step: float = 0.0
     factor: float = 1.0
@@ -126,6 +189,41 @@ class State:
     consecutive_overflows: float = 0.0
     skips: float = 0.0
     cuts: float = 0.0
+    restarts: float = 0.0
+    origin_step: float = 0.0
+    restarted: float = 0.0
+    first_lr: float = 0.0
+    ramp_lr: float = 0.0
+    ramp_growth: float = 0.0
+    ramp_start: float = 0.0
+    ramp_limit: float = 0.0
+    trial_factor: float = 0.0
+    trial_level: float = 0.0
+    trials: float = 0.0
+    tested: float = 0.0
+    soft_step: float = 0.0
+    ramp_level: float = 0.0
+    ramp_log_lr: float = 0.0
+    probe_sum: float = 0.0
+    aside_slot: Slot = Slot.NO_SLOT
+    good_slot: Slot = Slot.NO_SLOT
+    pending_slot: Slot = Slot.NO_SLOT
+    pending_step: float = 0.0
+
+
+# The states that lie beside the snapshots of Slot.FIRST and Slot.SECOND.
+Archive = dict[Slot, State]
+
+
+def flattened(state: State) -> dict[str, float | list[float]]:
+    """Return the fields under the names that the rows of the extension have: ``fine.count``."""
+    fields: dict[str, float | list[float]] = {}
+    for name, value in vars(state).items():
+        if isinstance(value, Progress):
+            fields |= {f"{name}.{key}": number for key, number in vars(value).items()}
+        else:
+            fields[name] = value
+    return fields
 
 
 class Decision(NamedTuple):
@@ -134,6 +232,9 @@ class Decision(NamedTuple):
     multiplier: float
     action: Action
     flags: Flag
+    save: Slot
+    restore: Slot
+    event: bool
 
 
 class Record(NamedTuple):
@@ -151,8 +252,8 @@ class Record(NamedTuple):
     grad_norm: float
     lr: float
     factor: float
-    previous_factor: float
+    target_factor: float
     phase: Phase
     previous_phase: Phase
     flags: Flag
-    action: Action
+    action: int  # an Action, and the slots to save and restore 4 and 8 bits further up

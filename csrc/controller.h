@@ -83,12 +83,12 @@ ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, int32_t flags, do
   return ends || (guarded && answered);
 }
 
-/// ln of the lr of the update that led to this loss; before the first, of the one to come.
+/// ln of the lr of the update that led to this loss; before the first, of the one to come. An lr of
+/// 0 has led nowhere.
 ADAPTLR_HOST_DEVICE inline double log_lr_behind(const Config& config, const State& state) {
-  double lr = state.lr;
   if (state.fine.count == 0.0)
-    lr = config.peak * multiplier(config, state);
-  return logarithm(larger(lr, kTiny));
+    return logarithm(larger(config.peak * multiplier(config, state), kTiny));
+  return state.lr > 0.0 ? logarithm(state.lr) : state.fine.log_lr;
 }
 
 /// Feeds all charts. `differences` are those that the loss brings. Works on copies, which live in

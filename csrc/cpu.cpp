@@ -10,7 +10,7 @@ HostController::HostController(const Config& config, int64_t history_size)
 Decision HostController::step(const Signals& signals) {
   Record record;
   Differences differences{};
-  if (config.guard_mode != GuardMode::kOff)
+  if (config.guard_mode != GuardMode::kOff && !is_in(Phase::kFailed, state))
     differences = take_differences(config, signals.loss, state);
   const Decision decision =
       control_step(config, signals, differences, Archive{saved.data()}, state, record);

@@ -18,25 +18,24 @@ constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
 constexpr int32_t kCollapse = kLost | kAbove;
 
 /// The hard alarms in `flags`, without those of the slow charts while an earlier alarm still echoes
-/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr.
+/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A probe
+/// judges by itself.
 ADAPTLR_HOST_DEVICE inline int32_t audible(const Config& config, int32_t flags,
                                            const State& state) {
   const bool muted = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps;
   const int32_t slow = muted ? static_cast<int32_t>(kDiverge) : kLongAlarms;
   const int32_t broken = state.fine.count > 0.0 ? static_cast<int32_t>(kNonfinite) : 0;
   const int32_t heard = is_ramp(state) ? broken : slow;
-  return flags & (heard | kCollapse);
+  return is_in(Phase::kProbe, state) ? 0 : flags & (heard | kCollapse);
 }
 
-/// Counts a step that would write non-finite numbers into the weights, and is not taken. True:
-/// there have been too many in a row.
-ADAPTLR_HOST_DEVICE inline bool exhausts_skips(const Config& config, int32_t flags, State& state) {
-  if (flags & kNonfinite)
-    state.consecutive_skips += 1.0;
-  if (flags & kOverflow)
-    state.consecutive_overflows += 1.0;
-  return state.consecutive_skips > config.max_consecutive_skips ||
-         state.consecutive_overflows > kMaxConsecutiveOverflows;
+/// Counts steps in a row that would write non-finite numbers into the weights, and are not taken.
+ADAPTLR_HOST_DEVICE inline void count_skips(const Config& config, int32_t flags, State& state) {
+  const bool acts = config.guard_mode == GuardMode::kAct;
+  const bool broken = acts && (flags & (kNonfinite | kOverflow)) != 0;
+  const double skip = flags & kNonfinite ? 1.0 : 0.0, overflow = flags & kOverflow ? 1.0 : 0.0;
+  state.consecutive_skips = broken ? state.consecutive_skips + skip : 0.0;
+  state.consecutive_overflows = broken ? state.consecutive_overflows + overflow : 0.0;
 }
 
 /// The factor to blame: the one at the change point, where the cusum was last 0, not the one at the
@@ -70,6 +69,7 @@ ADAPTLR_HOST_DEVICE inline void expect_change(double loss, bool accept, State& s
   rebase(loss, accept, state);
   state.fine = state.coarse = Progress{};
   state.block_sum = state.block_count = 0.0;
+  state.soft_step = kNever; // a run that goes on flat is not one that has just begun
 }
 
 /// Without a snapshot to go back to.
@@ -83,23 +83,30 @@ ADAPTLR_HOST_DEVICE inline void answer_in_place(const Config& config, const Sign
   expect_change(signals.loss, !(alarms & kDiverge) || !to_blame, state);
 }
 
+/// The start is gone back to while it is near, and more is left of the run than would be lost.
 ADAPTLR_HOST_DEVICE inline bool is_early(const Config& config, const State& state) {
-  return state.step - state.origin_step <= kEarlySteps * config.chart_steps;
+  const double taken = state.step - state.origin_step;
+  const double left = config.total_steps - state.step;
+  return taken <= kEarlySteps * config.chart_steps && (config.total_steps == 0.0 || taken <= left);
 }
 
 /// A snapshot that has been put back and fails again was not good.
-ADAPTLR_HOST_DEVICE inline void drop_failed_snapshots(State& state) {
-  if (is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state))
+ADAPTLR_HOST_DEVICE inline void drop_failed_snapshots(const Archive& archive, State& state) {
+  const bool settling = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
+  if (settling && state.good_slot != kNoSlot && archive.of(state.good_slot).step < state.phase_step)
     state.good_slot = kNoSlot;
   state.pending_slot = kNoSlot;
 }
 
-ADAPTLR_HOST_DEVICE inline void fail(const Config& config, State& state, Decision& decision) {
+/// No further step is taken. `undo`: the weights are to blame, and the best that are kept come
+/// back.
+ADAPTLR_HOST_DEVICE inline void fail(bool undo, State& state, Decision& decision) {
   enter(Phase::kFailed, state.step, state);
   decision.action = Action::kSkip;
-  if (has_snapshots(config))
-    decision.restore =
-        static_cast<int32_t>(state.good_slot != kNoSlot ? state.good_slot : double{kStart});
+  if (!undo)
+    return;
+  const double kept = state.aside_slot != kNoSlot ? state.aside_slot : state.good_slot;
+  decision.restore = static_cast<int32_t>(kept != kNoSlot ? kept : double{kStart});
 }
 
 /// Answers hard alarms.
@@ -107,18 +114,22 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
                                              const Archive& archive, int32_t alarms, State& state,
                                              Decision& decision) {
   state.last_alarm = state.step;
-  if (config.guard_mode != GuardMode::kAct || !has_snapshots(config))
+  if (config.guard_mode != GuardMode::kAct || !has_snapshots(config) || state.first_lr == 0.0)
     return answer_in_place(config, signals, alarms, state, decision);
-  drop_failed_snapshots(state);
+  drop_failed_snapshots(archive, state);
   state.restarts += 1.0;
   if (state.restarts > config.max_restarts)
-    return fail(config, state, decision);
+    return fail(true, state, decision);
   if (is_in(Phase::kTrial, state))
     state.cut_factor = state.trial_factor;
   if (is_ramp(state))
     answer_on_ramp(config, state, decision);
-  else if (state.good_slot != kNoSlot && !is_early(config, state))
+  else if (is_early(config, state))
+    start_over(config, state, decision);
+  else if (state.good_slot != kNoSlot)
     begin_probe(archive, state, decision);
+  else if (state.level < state.start_level) // what is at hand is still better than the start
+    answer_in_place(config, signals, alarms, state, decision);
   else
     start_over(config, state, decision);
 }
@@ -139,6 +150,7 @@ ADAPTLR_HOST_DEVICE inline void accept_shift(const Signals& signals, const Archi
 ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
                                               const Archive& archive, State& state,
                                               Decision& decision) {
+  decision.action = Action::kSkip;
   state.probe_sum += clamp(state.score, -kClip, kClip);
   if (state.step - state.phase_step + 1.0 < kProbeSteps)
     return;
@@ -146,6 +158,7 @@ ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signal
     accept_shift(signals, archive, state, decision);
     return;
   }
+  state.aside_slot = kNoSlot;
   cut(config, false, state);
   expect_change(signals.loss, false, state);
 }
@@ -266,23 +279,22 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double multiplier(const Config& config,
 ADAPTLR_HOST_DEVICE inline void guard(const Config& config, const Signals& signals,
                                       const Reading& reading, const Archive& archive, State& state,
                                       Decision& decision) {
-  const bool acts = config.guard_mode == GuardMode::kAct;
   const int32_t flags = decision.flags;
   int32_t alarms = audible(config, flags, state);
   const bool quiet = state.cusum == 0.0 && state.outlier_run == 0.0 && is_finite(signals.loss) &&
                      alarms == 0 && !is_in(Phase::kProbe, state);
   state.onset_lr = quiet ? divide(state.lr, config.peak) : state.onset_lr;
 
-  decision.action = flags & kOverflow ? Action::kSkip : Action::kNone;
-  if (acts && flags & (kNonfinite | kOverflow)) {
-    decision.action = Action::kSkip;
-    if (exhausts_skips(config, flags, state)) {
-      if (!has_snapshots(config) || state.fine.count == 0.0) // nothing to undo
-        return fail(config, state, decision);
-      alarms |= kNonfinite;
-      state.consecutive_skips = state.consecutive_overflows = 0.0;
-    }
-  } else {
+  const bool acts = config.guard_mode == GuardMode::kAct;
+  const bool broken = (flags & kOverflow) || (acts && flags & kNonfinite);
+  decision.action = broken ? Action::kSkip : Action::kNone;
+  count_skips(config, flags, state);
+  if (state.consecutive_overflows > kMaxConsecutiveOverflows)
+    return fail(false, state, decision);
+  if (state.consecutive_skips > config.max_consecutive_skips) {
+    if (!has_snapshots(config) || state.first_lr == 0.0) // nothing to undo
+      return fail(false, state, decision);
+    alarms |= kNonfinite;
     state.consecutive_skips = state.consecutive_overflows = 0.0;
   }
   if (config.guard_mode == GuardMode::kOff)
@@ -299,7 +311,7 @@ ADAPTLR_HOST_DEVICE inline void guard(const Config& config, const Signals& signa
 inline State resumed(const Config& config, State state) {
   Decision ignored{};
   if (is_ramp(state))
-    settle(config, state, ignored);
+    settle(config, Progress{state.fine}, state, ignored);
   else if (is_in(Phase::kProbe, state))
     cut(config, false, state);
   else if (is_in(Phase::kTrial, state))

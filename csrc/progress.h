@@ -265,8 +265,14 @@ ADAPTLR_HOST_DEVICE inline Reading watch_progress(const Config& config, double l
     return fine;
   const Reading coarse =
       track_coarse(mean, log_lr, differences.coarse, window, sensitivity, state.coarse);
-  Reading both = fine.flags ? fine : coarse;
-  both.flags = fine.flags | (coarse.flags & ~kHard);
+  Reading both = fine;
+  both.gain = coarse.gain;
+  if (fine.flags == 0) {
+    both.flags = coarse.flags & ~kHard;
+    both.rise = coarse.rise;
+    both.level = coarse.level;
+    both.noise = coarse.noise;
+  }
   return both;
 }
 

@@ -17,8 +17,9 @@ constexpr double kWarmupDivisor = 4.0;
 constexpr double kRampDivisor = 3.0;
 constexpr double kLeastCut = 2.0;      // of every restart
 constexpr double kLeastSchedule = 0.2; // a restart makes up for this much of the decay
-constexpr double kSeenErrors = 2.0;    // progress that is there
-constexpr double kSureErrors = 4.0;    // even for the lowest of many levels
+constexpr double kLeastFactor = 1e-8;
+constexpr double kSeenErrors = 2.0; // progress that is there
+constexpr double kSureErrors = 4.0; // even for the lowest of many levels
 constexpr double kSeenSamples = 6.0;
 constexpr double kEarlyRamp = 12.0; // samples: an alarm before them began the ramp too high
 constexpr double kRampErrors = 2.5; // above the lowest level: the best of a ramp lies behind
@@ -102,7 +103,7 @@ ADAPTLR_HOST_DEVICE inline void return_to_start(Phase phase, State& state, Decis
   state.origin_step = state.step + 1.0;
   state.restarted = 1.0;
   state.first_lr = 0.0;
-  state.pending_slot = state.good_slot = kNoSlot;
+  state.pending_slot = state.good_slot = state.aside_slot = kNoSlot;
   enter(phase, state.step + 1.0, state);
   order(decision.save, kStart, decision);
 }
@@ -113,7 +114,8 @@ ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& 
                                         Decision& decision) {
   const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
   const double left = larger(kLeastSchedule, schedule(config, resumes));
-  state.cut_factor = smaller(divide(lr, left), divide(state.cut_factor, kLeastCut));
+  state.cut_factor =
+      larger(kLeastFactor, smaller(divide(lr, left), divide(state.cut_factor, kLeastCut)));
   state.ceiling = state.cut_factor;
   state.cuts += 1.0;
   state.tested = 0.0;
@@ -152,8 +154,8 @@ ADAPTLR_HOST_DEVICE inline void start_over(const Config& config, State& state, D
 }
 
 /// The end of a ramp: at the lr that brought the lowest level, or well below the one that did not.
-ADAPTLR_HOST_DEVICE inline void settle(const Config& config, State& state, Decision& decision) {
-  const Progress& p = state.fine;
+ADAPTLR_HOST_DEVICE inline void settle(const Config& config, const Progress& p, State& state,
+                                       Decision& decision) {
   const double lr = has_learned(p) ? divide(relative_lr(config, p.lowest_log_lr), kRampDivisor)
                                    : divide(relative_lr(config, p.log_lr), kWarmupDivisor);
   restart(config, lr, state, decision);
@@ -165,7 +167,7 @@ ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, State& stat
   if (state.fine.count < kEarlyRamp && !has_learned(state.fine))
     rescue(config, state.ramp_start, state, decision);
   else
-    settle(config, state, decision);
+    settle(config, Progress{state.fine}, state, decision);
 }
 
 /// Asks the causal question from the start, with the present state set aside: does a lower lr get
@@ -176,7 +178,8 @@ ADAPTLR_HOST_DEVICE inline void begin_test(const Config& config, const Archive& 
   const double lr = has_learned(p) ? relative_lr(config, p.lowest_log_lr) : failed_lr(state);
   const double start = divide(lr, kRampReach);
   const double end = state.cut_factor * own_schedule(config, state);
-  const double decades = larger(0.5, divide(logarithm(divide(end, start)), kLnTen));
+  const double reach = larger(divide(end, start), 1.0);
+  const double decades = larger(0.5, divide(logarithm(reach), kLnTen));
   const double taken = p.count * config.block_steps;
   const double steps = smaller(0.6 * taken, 1.5 * config.chart_steps);
   const double slot = spare_slot(state);
@@ -191,6 +194,11 @@ ADAPTLR_HOST_DEVICE inline void begin_test(const Config& config, const Archive& 
   state.restarts += 1.0;
 }
 
+/// Goes on as before an experiment: growing again if that was not over.
+ADAPTLR_HOST_DEVICE inline void go_on_as_before(double first_step, State& state) {
+  enter(state.cut_factor < state.ceiling ? Phase::kRegrow : Phase::kRun, first_step, state);
+}
+
 /// Takes weights and statistics back that were set aside; the clock and the counts go on.
 ADAPTLR_HOST_DEVICE inline void return_to_aside(const Archive& archive, State& state,
                                                 Decision& decision) {
@@ -203,7 +211,7 @@ ADAPTLR_HOST_DEVICE inline void return_to_aside(const Archive& archive, State& s
   state.last_alarm = now.last_alarm;
   state.consecutive_skips = state.consecutive_overflows = 0.0;
   state.aside_slot = state.pending_slot = kNoSlot;
-  enter(Phase::kRun, state.step + 1.0, state);
+  go_on_as_before(state.step + 1.0, state);
   order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
 }
 
@@ -214,8 +222,7 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
   const State& aside = archive.of(state.aside_slot);
   const double before = coarse_progress(config, aside).lowest_level;
   if (has_learned(p) && p.lowest_level < before - kTestErrors * level_error(p.lowest_noise)) {
-    state.aside_slot = kNoSlot;
-    return settle(config, state, decision);
+    return settle(config, p, state, decision);
   }
   const double level = p.lowest_evidence > kSureErrors ? p.lowest_level : kNever;
   const double log_lr = p.lowest_log_lr;
@@ -237,8 +244,9 @@ ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive
     if (state.ramp_lr >= kReached * state.cut_factor * own_schedule(config, state))
       return end_test(config, archive, state, decision);
   } else if (state.ramp_lr >= kReached * state.ramp_limit ||
-             (has_learned(p) && p.lowest_age >= decade_steps && reading.fast_rise > kRampErrors)) {
-    return settle(config, state, decision);
+             (has_learned(p) && p.lowest_age + 0.5 >= decade_steps &&
+              reading.fast_rise > kRampErrors)) {
+    return settle(config, Progress{p}, state, decision);
   }
 }
 
@@ -280,11 +288,11 @@ ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archiv
   if (helped) {
     state.ceiling = state.cut_factor;
     state.cuts += 1.0;
-    return enter(Phase::kRun, state.step, state);
+    return go_on_as_before(state.step, state);
   }
   state.cut_factor = state.trial_factor;
   state.trials += 1.0;
-  enter(Phase::kRun, state.step, state);
+  go_on_as_before(state.step, state);
   if (state.tested == 0.0 && config.snapshot_slots >= kSlots)
     begin_test(config, archive, state, decision);
 }

@@ -70,7 +70,7 @@ def train_bare(
 
 def skips(controller: Any) -> int:
     """Steps that the records say were skipped."""
-    return int((controller.history()["action"] == 1).sum())
+    return int((controller.history()["action"] & 1).sum())
 
 
 def parameters_of(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -163,7 +163,7 @@ def test_eager_version_computes_what_the_extension_does() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.zeros(2)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    controller = AdaptiveLR(optimizer, total_steps=400, warmup=30)
+    controller = AdaptiveLR(optimizer, total_steps=400, warmup=30, snapshot="off")
     noise = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     losses = 2.0 - torch.arange(400) * 1e-3 + 0.1 * noise
     losses[200] = math.nan

@@ -96,6 +96,20 @@ def norm_tail_trace() -> Trace:
     return Trace("norm_tail", blow_up(4000, 12.0), norms)
 
 
+def collapse(start: int, end: float, seed: int) -> Array:
+    """Falls from 4 by half in 100 steps; from ``start`` on at ``end``."""
+    losses = 1 + 3 * 0.5 ** (np.arange(STEPS) / 100)
+    losses[start:] = end
+    return losses + noise(seed)
+
+
+def stall() -> Array:
+    """Falls for 1500 steps, then rises a little and stays there."""
+    losses = 1 + 0.6 * 0.5 ** (np.arange(STEPS) / 400)
+    losses[1500:] = losses[1500] + 0.05
+    return losses + noise(26, 0.2)
+
+
 def make_traces() -> list[Trace]:
     healthy = curve() + noise(1)
     clock = np.arange(STEPS)
@@ -131,6 +145,11 @@ def make_traces() -> list[Trace]:
         Trace("end_of_run", healthy, total_steps=9000),
         norm_spike_trace(),
         norm_tail_trace(),
+        Trace("collapse", collapse(250, 3.4, 22)),
+        Trace("collapse_late", collapse(7000, 2.0, 23)),
+        Trace("above", 2.5 + 3.0 * (np.arange(STEPS) > 1) + noise(24)),
+        Trace("dead", 2.5 + noise(25)),
+        Trace("stall", stall()),
     ]
 
 

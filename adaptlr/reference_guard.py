@@ -1,0 +1,280 @@
+"""The guard of :mod:`adaptlr.reference`: what the flags of the charts lead to."""
+
+from __future__ import annotations
+
+import copy
+
+from adaptlr.reference_detector import CLIP, is_finite, rebase
+from adaptlr.reference_progress import Reading, clipped
+from adaptlr.reference_recovery import (
+    NEVER,
+    NOTHING,
+    Orders,
+    advance_ramp,
+    advance_trial,
+    answer_on_ramp,
+    begin_probe,
+    enter,
+    experiment,
+    is_ramp,
+    may_experiment,
+    return_to_aside,
+    spare_slot,
+    start_over,
+)
+from adaptlr.reference_schedule import own_schedule, schedule
+from adaptlr.reference_state import (
+    Archive,
+    Config,
+    Flag,
+    GuardMode,
+    Phase,
+    Progress,
+    Signals,
+    Slot,
+    State,
+)
+
+LONG_ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE
+COLLAPSE = Flag.LOST | Flag.ABOVE
+OVERFLOW_LIMIT = 33  # in a row; GradScaler halves from 2^16 to 2^-16 in 32
+EARLY = 4.0  # chart_steps after a start, within which it is gone back to
+PROBE_STEPS, PROBE_SHIFT = 8, 1.2  # mean score of a probe that tells of other data
+
+
+def guard(
+    config: Config, signals: Signals, flags: Flag, reading: Reading, state: State, archive: Archive
+) -> Orders:
+    """Answer the flags of this step: move the phase and the factor, give the orders."""
+    alarms = audible(config, flags, state)
+    track_onset(config, signals, alarms, state)
+    acts = config.guard_mode == GuardMode.ACT
+    broken = Flag.OVERFLOW | (Flag.NONFINITE if acts else Flag(0))
+    count_skips(config, flags, state)
+    if state.consecutive_overflows >= OVERFLOW_LIMIT:
+        return fail(state)
+    if state.consecutive_skips > config.max_consecutive_skips:
+        if not config.snapshot_slots or not state.first_lr:
+            return fail(state)  # there is nothing to undo
+        alarms |= Flag.NONFINITE
+        state.consecutive_skips = state.consecutive_overflows = 0.0
+    if config.guard_mode == GuardMode.OFF:
+        orders = Orders()
+    elif alarms:
+        orders = answer_alarm(config, signals, alarms, state, archive)
+    else:
+        orders = go_on(config, signals, flags, reading, state, archive)
+    return orders._replace(skip=orders.skip or bool(flags & broken))
+
+
+def audible(config: Config, flags: Flag, state: State) -> Flag:
+    """Return the hard alarms that count.
+
+    Soon after another alarm those of the slow charts are its echo. On a ramp the collapse charts
+    judge alone, with any loss that is not finite: the others know no rising LR. A probe judges by
+    itself.
+    """
+    if state.phase == Phase.PROBE:
+        return Flag(0)
+    if is_ramp(state):
+        return flags & (COLLAPSE | (Flag.NONFINITE if state.fine.count else Flag(0)))
+    echoes = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps
+    return flags & (COLLAPSE | (Flag.DIVERGE if echoes else LONG_ALARMS))
+
+
+def track_onset(config: Config, signals: Signals, alarms: Flag, state: State) -> None:
+    """Note the LR behind the present loss while nothing is wrong: a later alarm blames it."""
+    quiet = is_finite(signals.loss) and state.cusum == 0 and state.outlier_run == 0
+    if quiet and not alarms and state.phase != Phase.PROBE:
+        state.onset_lr = state.lr / config.peak
+
+
+def count_skips(config: Config, flags: Flag, state: State) -> None:
+    """Count broken steps in a row."""
+    broken = config.guard_mode == GuardMode.ACT and flags & (Flag.NONFINITE | Flag.OVERFLOW)
+    if not broken:
+        state.consecutive_skips = state.consecutive_overflows = 0.0
+        return
+    state.consecutive_skips += bool(flags & Flag.NONFINITE)
+    state.consecutive_overflows += bool(flags & Flag.OVERFLOW)
+
+
+def fail(state: State, restore: Slot = NOTHING) -> Orders:
+    """End the run."""
+    enter(Phase.FAILED, state.step, state)
+    return Orders(skip=True, restore=restore)
+
+
+# Hard alarms.
+
+
+def answer_alarm(
+    config: Config, signals: Signals, alarms: Flag, state: State, archive: Archive
+) -> Orders:
+    """Go back to where the run was sound; without snapshots, cut in place."""
+    state.last_alarm = state.step
+    can_undo = config.snapshot_slots and state.first_lr
+    if config.guard_mode != GuardMode.ACT or not can_undo:
+        return answer_in_place(config, signals, alarms, state)
+    settling = state.phase in (Phase.REWARM, Phase.HOLD)
+    if settling and state.good_slot and archive[state.good_slot].step < state.phase_step:
+        state.good_slot = NOTHING  # it was put back, and fails again
+    state.pending_slot = NOTHING
+    state.restarts += 1
+    if state.restarts > config.max_restarts:
+        return fail(state, state.aside_slot or state.good_slot or Slot.START)
+    if state.phase == Phase.TRIAL:
+        state.cut_factor = state.trial_factor
+    if is_ramp(state):
+        return answer_on_ramp(config, state)
+    if is_early(config, state):
+        return start_over(config, state)
+    if state.good_slot:
+        return begin_probe(state, archive)
+    if state.level < state.start_level:  # what is at hand is still better than the start
+        return answer_in_place(config, signals, alarms, state)
+    return start_over(config, state)
+
+
+def is_early(config: Config, state: State) -> bool:
+    """Say whether the start is near, with more left of the run than would be lost."""
+    taken = state.step - state.origin_step
+    worth_it = not config.total_steps or taken <= config.total_steps - state.step
+    return worth_it and taken <= EARLY * config.chart_steps
+
+
+def answer_in_place(config: Config, signals: Signals, alarms: Flag, state: State) -> Orders:
+    """Cut, unless nothing that the LR did can be to blame."""
+    to_blame = config.guard_mode == GuardMode.ACT and state.onset_lr > 0
+    if to_blame:
+        cut(config, alarms, state)
+    expect_change(signals.loss, not to_blame or not alarms & Flag.DIVERGE, state)
+    return Orders(skip=to_blame)
+
+
+def cut(config: Config, alarms: Flag, state: State) -> None:
+    """Cut below the factor that failed, the one at the change point (equation 10)."""
+    again = state.phase in (Phase.REWARM, Phase.HOLD)
+    state.streak = state.streak + 1 if again else 0.0
+    backoff = config.backoff_factor ** (1 + min(state.streak, 2))
+    if alarms == Flag.DRIFT:
+        backoff = 0.7
+    multiplier = schedule(config, max(state.step + config.rewarm_steps, config.warmup_steps))
+    failed = min(state.cut_factor, state.onset_lr / multiplier) if multiplier else state.cut_factor
+    state.cut_factor = max(1e-4, backoff * failed)
+    state.ceiling = max(0.7 * failed, state.cut_factor)
+    enter(Phase.REWARM, state.step + 1, state)
+    state.cuts += 1
+
+
+def expect_change(loss: float, accept: bool, state: State) -> None:
+    """Forget how sure the statistics were; the collapse charts start anew."""
+    rebase(loss, accept, state)
+    state.fine, state.coarse = Progress(), Progress()
+    state.block_sum = state.block_count = 0.0
+    state.soft_step = NEVER  # a run that goes on flat is not one that has just begun
+
+
+# Steps without a hard alarm.
+
+
+def go_on(
+    config: Config, signals: Signals, flags: Flag, reading: Reading, state: State, archive: Archive
+) -> Orders:
+    """Advance the phase; begin an experiment or take a snapshot when it is time."""
+    measured = is_finite(signals.loss) and not flags & Flag.NONFINITE
+    if state.phase == Phase.PROBE:
+        return advance_probe(config, signals, state, archive) if measured else Orders()
+    if is_ramp(state):
+        return advance_ramp(config, reading, state, archive) if measured else Orders()
+    if state.phase == Phase.TRIAL:
+        return advance_trial(config, state, archive) if measured else Orders()
+    if config.guard_mode == GuardMode.ACT:
+        advance_phase(config, state)
+    if measured and may_experiment(config, flags, state):
+        return experiment(config, flags, reading, state, archive)
+    if measured and is_snapshot_due(config, state):
+        return keep_snapshot(config, reading, state, archive)
+    return Orders()
+
+
+def advance_probe(config: Config, signals: Signals, state: State, archive: Archive) -> Orders:
+    """Decide after eight losses: other data is accepted, anything else was the LR's doing."""
+    state.probe_sum += clipped(state.score, CLIP)
+    if steps_of_phase(state) < PROBE_STEPS:
+        return Orders(skip=True)
+    if state.probe_sum > PROBE_SHIFT * PROBE_STEPS:
+        return accept_shift(signals, state, archive)
+    state.aside_slot = NOTHING
+    cut(config, Flag(0), state)
+    expect_change(signals.loss, False, state)
+    return Orders(skip=True)
+
+
+def accept_shift(signals: Signals, state: State, archive: Archive) -> Orders:
+    """Go on with the weights set aside: nothing had failed, and they count as good from now on."""
+    slot = state.aside_slot
+    orders = return_to_aside(state, archive)
+    expect_change(signals.loss, True, state)
+    state.restarts -= 1
+    state.good_slot = slot
+    archive[slot] = copy.deepcopy(state)
+    return orders
+
+
+def steps_of_phase(state: State) -> float:
+    """Return k: the steps of the phase so far, the present one included."""
+    return state.step - state.phase_step + 1
+
+
+def advance_phase(config: Config, state: State) -> None:
+    """Move on from REWARM to HOLD, REGROW and RUN, each in its time."""
+    match state.phase:
+        case Phase.REWARM if steps_of_phase(state) >= config.rewarm_steps:
+            enter(Phase.HOLD, state.step + 1, state)
+        case Phase.HOLD if steps_of_phase(state) >= config.hold_steps:
+            enter(Phase.REGROW, state.step + 1, state)
+            state.streak = 0.0
+        case Phase.REGROW:
+            state.cut_factor = min(state.cut_factor * config.regrow_growth, state.ceiling)
+            if state.cut_factor == state.ceiling:
+                enter(Phase.RUN, state.step + 1, state)
+
+
+def is_snapshot_due(config: Config, state: State) -> bool:
+    """Say whether it is time for the next snapshot."""
+    if config.snapshot_slots < 3 or config.guard_mode != GuardMode.ACT:
+        return False
+    age = state.step - state.pending_step
+    return not state.pending_slot or age >= config.snapshot_steps
+
+
+def keep_snapshot(config: Config, reading: Reading, state: State, archive: Archive) -> Orders:
+    """Take a snapshot while the charts are quiet; the one before it has then aged well."""
+    quiet = state.cusum < 4 and reading.fast_rise < 3 and state.phase != Phase.REWARM
+    if not quiet or state.fine.count < config.snapshot_steps:
+        return Orders()
+    state.good_slot = state.pending_slot or state.good_slot
+    state.pending_slot, state.pending_step = spare_slot(state), state.step
+    archive[state.pending_slot] = copy.deepcopy(state)
+    return Orders(save=state.pending_slot)
+
+
+# The LR.
+
+
+def rewarmed_factor(config: Config, state: State) -> float:
+    """Return the cut factor, approached along a ramp in REWARM (k = 0 at the alarm)."""
+    if state.phase != Phase.REWARM:
+        return state.cut_factor
+    return state.cut_factor * (0.1 + 0.9 * steps_of_phase(state) / config.rewarm_steps)
+
+
+def multiplier(config: Config, state: State) -> float:
+    """Return what the peak is multiplied by in this step."""
+    if state.phase == Phase.PROBE:
+        return 0.0
+    if state.phase == Phase.RESCUE:
+        return min(state.ramp_lr, state.ramp_limit)
+    scheduled = rewarmed_factor(config, state) * own_schedule(config, state)
+    return min(state.ramp_lr, scheduled) if state.phase == Phase.TEST else scheduled

@@ -1,0 +1,289 @@
+"""Rollbacks and experiments of :mod:`adaptlr.reference`, where a smaller LR alone mends nothing.
+
+Every function that answers a step changes the state and returns the orders for that step. Slots
+are places for the weights, which lie outside; the states beside them lie in the archive.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import NamedTuple
+
+from adaptlr.reference_progress import SOFT, Reading, coarse_progress
+from adaptlr.reference_schedule import own_schedule, schedule
+from adaptlr.reference_state import (
+    Archive,
+    Config,
+    Flag,
+    GuardMode,
+    Phase,
+    Progress,
+    Slot,
+    State,
+    Statistics,
+)
+
+RAMP_REACH = 50.0  # a ramp begins this far below the LR that failed
+DECADE_STEPS = 12.0  # of a ramp, at least
+WARMUP_DIVISOR, RAMP_DIVISOR = 4.0, 3.0  # from the LR of the lowest level to one that holds
+TEST_ERRORS, TRIAL_ERRORS = 3.0, 2.5
+TRIAL_SAMPLES, TRIAL_CUT, MOST_TRIALS = 20, 4.0, 3
+PAUSE_SAMPLES = 24  # of the soft charts after a trial or a test
+SURE_ERRORS = 4.0  # of progress that is more than the luckiest of many levels
+NEVER = 1e18  # above every level
+NOTHING = Slot.NO_SLOT
+
+
+class Orders(NamedTuple):
+    """What the guard wants of a step."""
+
+    skip: bool = False
+    save: Slot = NOTHING
+    restore: Slot = NOTHING
+
+
+def enter(phase: Phase, first_step: float, state: State) -> None:
+    """Let a phase begin; the present record shows it already."""
+    state.phase, state.phase_step = phase, first_step
+
+
+def is_ramp(state: State) -> bool:
+    """Say whether the LR grows by itself, up from far below."""
+    return state.phase in (Phase.RESCUE, Phase.TEST)
+
+
+def spare_slot(state: State) -> Slot:
+    """Return the one of the two slots that holds no good snapshot."""
+    return Slot.SECOND if state.good_slot == Slot.FIRST else Slot.FIRST
+
+
+def has_learned(progress: Progress) -> bool:
+    """Say whether there was progress that stands out of the noise."""
+    return progress.count >= 6 and progress.lowest_evidence > 2
+
+
+def relative(config: Config, log_lr: float) -> float:
+    """Return an LR as a share of the peak."""
+    return math.exp(log_lr) / config.peak
+
+
+def level_error(noise: float) -> float:
+    """Return the standard error of a fast level, of whose 15 samples the half are new."""
+    return math.sqrt(2 / 15) * noise
+
+
+def present_error(progress: Progress) -> float:
+    """Return the standard error of the fast level now."""
+    return level_error(progress.noise * math.sqrt(progress.variance_factor))
+
+
+def take_statistics(source: Statistics, state: State) -> None:
+    """Copy what was measured; the clock and the counts of the guard stay."""
+    for field in dataclasses.fields(Statistics):
+        setattr(state, field.name, copy.deepcopy(getattr(source, field.name)))
+
+
+# From the start.
+
+
+def return_to_start(phase: Phase, state: State) -> Orders:
+    """Begin a phase from the first snapshot with the next step; other snapshots are void."""
+    take_statistics(Statistics(), state)
+    state.origin_step = state.step + 1
+    state.restarted, state.first_lr = 1.0, 0.0
+    state.pending_slot = state.good_slot = state.aside_slot = NOTHING
+    enter(phase, state.step + 1, state)
+    return Orders(skip=True, restore=Slot.START)
+
+
+def restart(config: Config, lr: float, state: State) -> Orders:
+    """Go back to the start for an LR that holds once re-warmed, at most half of the present one."""
+    resumes = max(state.step + config.rewarm_steps, config.warmup_steps)
+    wanted = lr / max(0.2, schedule(config, resumes))
+    state.cut_factor = state.ceiling = max(1e-8, min(wanted, state.cut_factor / 2))
+    state.cuts += 1
+    state.tested = state.soft_step = 0.0
+    return return_to_start(Phase.REWARM, state)
+
+
+def begin_ramp(phase: Phase, lr: float, decade_steps: float, state: State) -> Orders:
+    """Go back to the start with an LR that grows by a decade in so many steps."""
+    state.ramp_start = state.ramp_lr = max(lr, 1e-15)
+    state.ramp_growth = math.exp(math.log(10) / decade_steps)
+    return return_to_start(phase, state)
+
+
+def rescue(config: Config, failed: float, state: State) -> Orders:
+    """Ramp up to an LR that is known to be too high, to find one that is not."""
+    state.ramp_limit = relative(config, state.fine.log_lr)
+    return begin_ramp(Phase.RESCUE, failed / RAMP_REACH, DECADE_STEPS * config.block_steps, state)
+
+
+def failed_lr(state: State) -> float:
+    """Return the LR, as a share of the peak, that the run has failed with since its start."""
+    return max(state.first_lr, 0.1 * state.cut_factor) if state.restarted else state.first_lr
+
+
+def start_over(config: Config, state: State) -> Orders:
+    """Answer a hard alarm near the start: the way there may have told which LR was good."""
+    if not state.tested and not has_learned(state.fine):
+        return rescue(config, failed_lr(state), state)
+    divisor = RAMP_DIVISOR if state.tested else WARMUP_DIVISOR
+    return restart(config, relative(config, state.fine.lowest_log_lr) / divisor, state)
+
+
+def settle(config: Config, progress: Progress, state: State) -> Orders:
+    """End a ramp: below the LR of the lowest level, or well below one that brought nothing."""
+    if has_learned(progress):
+        lr = relative(config, progress.lowest_log_lr) / RAMP_DIVISOR
+    else:
+        lr = relative(config, progress.log_lr) / WARMUP_DIVISOR
+    return restart(config, lr, state)
+
+
+def answer_on_ramp(config: Config, state: State) -> Orders:
+    """Answer a hard alarm on a ramp; one that comes at once means that the ramp began too high."""
+    if state.fine.count < 12 and not has_learned(state.fine):
+        return rescue(config, state.ramp_start, state)
+    return settle(config, state.fine, state)
+
+
+def advance_ramp(config: Config, reading: Reading, state: State, archive: Archive) -> Orders:
+    """End a ramp that has arrived, or whose best lies a decade behind."""
+    if state.phase == Phase.TEST:
+        arrived = state.ramp_lr >= 0.999 * state.cut_factor * own_schedule(config, state)
+        return end_test(config, state, archive) if arrived else Orders()
+    decade_steps = math.log(10) / math.log(state.ramp_growth)
+    is_past = state.fine.lowest_age + 0.5 >= decade_steps and reading.fast_rise > 2.5
+    arrived = state.ramp_lr >= 0.999 * state.ramp_limit
+    if arrived or (is_past and has_learned(state.fine)):
+        return settle(config, state.fine, state)
+    return Orders()
+
+
+# With the present state set aside.
+
+
+def begin_test(config: Config, state: State, archive: Archive) -> Orders:
+    """Ask from the start whether a lower LR gets lower; slowly enough to get as far as the run."""
+    progress = coarse_progress(config, state)
+    known = has_learned(progress)
+    lr = relative(config, progress.lowest_log_lr) if known else failed_lr(state)
+    first, last = lr / RAMP_REACH, state.cut_factor * own_schedule(config, state)
+    decades = max(0.5, math.log10(max(last / first, 1.0)))
+    steps = min(0.6 * progress.count * config.block_steps, 1.5 * config.chart_steps)
+    decade_steps = max(DECADE_STEPS * config.block_steps, steps / decades)
+    slot, good_slot = spare_slot(state), state.good_slot
+    enter(Phase.RUN, state.step, state)
+    archive[slot] = copy.deepcopy(state)
+    orders = begin_ramp(Phase.TEST, first, decade_steps, state)
+    state.aside_slot, state.good_slot = slot, good_slot
+    state.restarts += 1
+    return orders._replace(save=slot)
+
+
+def end_test(config: Config, state: State, archive: Archive) -> Orders:
+    """Settle if the ramp got lower than the run before it; if not, the run goes on."""
+    progress = coarse_progress(config, state)
+    before = coarse_progress(config, archive[state.aside_slot]).lowest_level
+    won = progress.lowest_level < before - TEST_ERRORS * level_error(progress.lowest_noise)
+    if won and has_learned(progress):
+        return settle(config, progress, state)
+    orders = return_to_aside(state, archive)
+    state.tested = 1.0
+    sure = progress.lowest_evidence > SURE_ERRORS
+    state.ramp_level = progress.lowest_level if sure else NEVER
+    state.ramp_log_lr = progress.lowest_log_lr
+    state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
+    return orders
+
+
+def return_to_aside(state: State, archive: Archive) -> Orders:
+    """Take weights and statistics back; the clock and the counts go on."""
+    now = copy.copy(state)
+    for name, value in vars(copy.deepcopy(archive[now.aside_slot])).items():
+        setattr(state, name, value)
+    for name in ("step", "skips", "cuts", "restarts", "last_alarm"):
+        setattr(state, name, getattr(now, name))
+    state.consecutive_skips = state.consecutive_overflows = 0.0
+    state.aside_slot = state.pending_slot = NOTHING
+    go_on_as_before(state.step + 1, state)
+    return Orders(skip=True, restore=now.aside_slot)
+
+
+def go_on_as_before(first_step: float, state: State) -> None:
+    """Leave an experiment: the LR grows again if that was not over."""
+    grows = state.cut_factor < state.ceiling
+    enter(Phase.REGROW if grows else Phase.RUN, first_step, state)
+
+
+def begin_probe(state: State, archive: Archive) -> Orders:
+    """Look at the losses of the good snapshot: if they are as high, the data has changed."""
+    slot, good = spare_slot(state), state.good_slot
+    archive[slot] = copy.deepcopy(state)
+    take_statistics(archive[good], state)
+    state.aside_slot, state.pending_slot = slot, NOTHING
+    state.probe_sum = 0.0
+    enter(Phase.PROBE, state.step + 1, state)
+    return Orders(skip=True, save=slot, restore=good)
+
+
+# Soft alarms.
+
+
+def may_experiment(config: Config, flags: Flag, state: State) -> bool:
+    """Say whether a soft alarm is answered at all."""
+    able = config.guard_mode == GuardMode.ACT and config.snapshot_slots > 0
+    allowed = state.step >= state.soft_step and state.restarts < config.max_restarts
+    return able and allowed and bool(flags & SOFT)
+
+
+def experiment(
+    config: Config, flags: Flag, reading: Reading, state: State, archive: Archive
+) -> Orders:
+    """Answer a soft alarm: with a test where nothing is won yet, else with a trial."""
+    if flags & Flag.NO_PROGRESS or reading.gain < 1:
+        return doubt(config, state, archive)
+    if state.trials < MOST_TRIALS and not state.tested:
+        begin_trial(config, state)
+    return Orders()
+
+
+def doubt(config: Config, state: State, archive: Archive) -> Orders:
+    """Test once; later on, take what the test's ramp had reached if the run has got worse."""
+    if not state.tested:
+        return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
+    progress = coarse_progress(config, state)
+    if progress.fast_level <= state.ramp_level + TEST_ERRORS * present_error(progress):
+        return Orders()
+    state.restarts += 1
+    return restart(config, relative(config, state.ramp_log_lr) / RAMP_DIVISOR, state)
+
+
+def begin_trial(config: Config, state: State) -> None:
+    """Go on with the same weights and a lower LR."""
+    state.trial_factor = state.cut_factor
+    state.trial_level = coarse_progress(config, state).lowest_level
+    state.cut_factor /= TRIAL_CUT
+    enter(Phase.TRIAL, state.step, state)
+
+
+def advance_trial(config: Config, state: State, archive: Archive) -> Orders:
+    """Keep the LR of a trial that brings a new lowest level; else undo it, and test."""
+    progress = coarse_progress(config, state)
+    helped = progress.fast_level < state.trial_level - TRIAL_ERRORS * present_error(progress)
+    if not helped and state.step - state.phase_step < TRIAL_SAMPLES * config.block_steps:
+        return Orders()
+    state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
+    state.cut_factor = state.cut_factor if helped else state.trial_factor
+    state.ceiling = state.cut_factor if helped else state.ceiling
+    go_on_as_before(state.step, state)
+    if helped:
+        state.cuts += 1
+        return Orders()
+    state.trials += 1
+    if state.tested or config.snapshot_slots < 3:
+        return Orders()
+    return begin_test(config, state, archive)
