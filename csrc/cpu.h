@@ -29,4 +29,8 @@ private:
   RingHeader counts_{};
 };
 
+/// The state to go on with where a run is resumed: without its snapshots, an experiment ends with
+/// the best estimate so far, and the weights at hand are the ones to go back to.
+State resumed(const Config& config, State state);
+
 } // namespace adaptlr

@@ -306,22 +306,4 @@ ADAPTLR_HOST_DEVICE inline void guard(const Config& config, const Signals& signa
   decision = answer;
 }
 
-/// The state to go on with where a run is resumed: without its snapshots, an experiment ends with
-/// the best estimate so far, and the weights at hand are the ones to go back to.
-inline State resumed(const Config& config, State state) {
-  Decision ignored{};
-  if (is_ramp(state))
-    settle(config, Progress{state.fine}, state, ignored);
-  else if (is_in(Phase::kProbe, state))
-    cut(config, false, state);
-  else if (is_in(Phase::kTrial, state))
-    state.cut_factor = state.trial_factor;
-  if (is_in(Phase::kTrial, state))
-    enter(Phase::kRun, state.step, state);
-  if (state.step > 0.0)
-    state.origin_step = state.step;
-  state.good_slot = state.pending_slot = state.aside_slot = kNoSlot;
-  return state;
-}
-
 } // namespace adaptlr

@@ -276,41 +276,4 @@ ADAPTLR_HOST_DEVICE inline Reading watch_progress(const Config& config, double l
   return both;
 }
 
-/// Puts the difference to the last sample into the window and returns the medians that follow.
-inline Medians take_difference(double loss, const Progress& p, double* window) {
-  if (p.count == 0.0)
-    return Medians{0.0, 0.0};
-  const int newest = static_cast<int>(p.next_difference);
-  window[newest] = fabs(loss - p.previous_loss);
-  const int count = static_cast<int>(smaller(p.count, kDifferences));
-  double sorted[kDifferences] = {};
-  const auto median = [&sorted](int n) { return 0.5 * (sorted[(n - 1) / 2] + sorted[n / 2]); };
-  Medians medians{0.0, 0.0};
-  for (int taken = 0; taken < count; ++taken) { // insertion, from the newest to the oldest
-    const double value = window[(newest - taken + kDifferences) % kDifferences];
-    int at = taken;
-    for (; at > 0 && sorted[at - 1] > value; --at)
-      sorted[at] = sorted[at - 1];
-    sorted[at] = value;
-    if (taken + 1 == kRecentDifferences)
-      medians.recent = median(kRecentDifferences);
-  }
-  if (count < kRecentDifferences)
-    medians.recent = median(count);
-  medians.window = count < kFewDifferences ? sorted[count - 1] / 1.5 : median(count);
-  return medians;
-}
-
-/// Both kinds of differences of a step. On the device a warp does this together.
-inline Differences take_differences(const Config& config, double loss, State& state) {
-  Differences differences{};
-  if (!is_finite(loss))
-    return differences;
-  differences.fine = take_difference(loss, state.fine, state.fine_differences);
-  if (completes_block(config, state))
-    differences.coarse =
-        take_difference(block_mean(config, loss, state), state.coarse, state.coarse_differences);
-  return differences;
-}
-
 } // namespace adaptlr

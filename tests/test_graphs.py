@@ -242,7 +242,7 @@ def test_a_spent_budget_skips_every_further_replay_and_check_tells(make_model, d
     model = make_model(device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     guard = Guard(max_consecutive_skips=2)
-    controller = AdaptiveLR(optimizer, total_steps=50, guard=guard)
+    controller = AdaptiveLR(optimizer, total_steps=50, guard=guard, snapshot="off")
     step = WholeStep(model, optimizer, controller, data[0])
     step.replay(data[0])
     torch.cuda.synchronize()

@@ -806,7 +806,7 @@ def test_test_of_a_run_without_progress_is_slower_the_later_it_comes():
     decades = math.log10(schedule(CONFIG, 200) / 2e-4)  # 3.7: 120 steps of 200
     assert state.ramp_growth ** (120 / decades) == pytest.approx(10, rel=1e-13)
     # A level of 1.9 less three errors of 0.1 is the mark.
-    state.fine = Progress(count=60, lowest_evidence=4.0, lowest_noise=0.1, lowest_level=1.81)
+    state.fine = Progress(count=60, lowest_evidence=4.1, lowest_noise=0.1, lowest_level=1.81)
     met = copy.deepcopy(state)
     assert reference_recovery.end_test(WITH_SNAPSHOTS, met, archive).restore == Slot.FIRST
     assert (met.tested, met.ramp_level, met.phase, met.fine.count) == (1, 1.81, Phase.RUN, 200)
@@ -818,7 +818,7 @@ def test_test_of_a_run_without_progress_is_slower_the_later_it_comes():
 def test_trial_is_kept_for_a_new_lowest_level_only():
     noise = 0.1 / math.sqrt(2 / 15)  # an error of 0.1
     fine = Progress(count=150, lowest_level=1.0, noise=noise, variance_factor=1.0)
-    state = State(step=150.0, fine=fine, cut_factor=0.8)
+    state = State(step=150.0, fine=fine, cut_factor=0.8, ceiling=0.8)
     reference_recovery.begin_trial(CONFIG, state)
     assert (state.cut_factor, state.phase) == (0.2, Phase.TRIAL)
     kept, state.step = copy.deepcopy(state), 169.0
@@ -871,7 +871,7 @@ def probed(losses: np.ndarray) -> tuple[State, np.ndarray]:
 def test_probe_with_the_losses_of_old_cuts_the_lr():
     state, probe = probed(np.full(8, 1.19))
     assert not probe["lr"][:7].any()
-    assert probe["action"].tolist() == [0] * 8
+    assert probe["action"].tolist() == [Action.SKIP] * 8
     assert probe["phase"].tolist() == [Phase.PROBE] * 7 + [Phase.REWARM]
     # t' = 612 + 20; the LR of the last quiet step was above m(t'), so the factor failed.
     assert (state.cut_factor, state.ceiling, state.streak) == (0.5, 0.7, 0)
@@ -880,7 +880,7 @@ def test_probe_with_the_losses_of_old_cuts_the_lr():
 
 def test_probe_with_losses_as_high_accepts_them_with_the_weights_of_before():
     state, probe = probed(np.full(8, 1.21))
-    assert probe["action"].tolist() == [0] * 7 + [Action.SKIP | Slot.SECOND << 8]
+    assert probe["action"].tolist() == [Action.SKIP] * 7 + [Action.SKIP | Slot.SECOND << 8]
     assert (state.phase, state.cut_factor, state.cuts) == (Phase.RUN, 1, 0)
     assert (state.best_level, state.samples, state.step) == (state.level, 32, 613)
     assert state.aside_slot == Slot.NO_SLOT

@@ -107,7 +107,7 @@ def test_every_step_finds_the_scheduled_rate_and_the_history_says_so(
 ):
     model = make_model(device=device)
     optimizer = case.make(model.parameters())
-    controller = AdaptiveLR(optimizer, total_steps=STEPS, warmup=5, decay="linear")
+    controller = AdaptiveLR(optimizer, total_steps=STEPS, warmup=5, decay="linear", snapshot="off")
     assert "device_path='float'" in repr(controller)
     seen = rates_seen(optimizer)
     train(controller, model, inputs[:STEPS], poison=(12,))
@@ -152,7 +152,7 @@ def test_resuming_equals_never_having_stopped(case, device, make_model, inputs):
     def fresh():
         model = make_model(device=device)
         optimizer = case.make(model.parameters())
-        return model, optimizer, AdaptiveLR(optimizer, total_steps=STEPS)
+        return model, optimizer, AdaptiveLR(optimizer, total_steps=STEPS, snapshot="off")
 
     model, optimizer, controller = fresh()
     train(controller, model, inputs[:15], poison=(5,))
@@ -179,7 +179,9 @@ def test_resuming_equals_never_having_stopped(case, device, make_model, inputs):
 def test_training_reduces_the_loss(case, device, make_model, inputs):
     model = make_model(device=device)
     optimizer = case.make(model.parameters())
-    controller = AdaptiveLR(optimizer, total_steps=5 * len(inputs), decay="constant")
+    controller = AdaptiveLR(
+        optimizer, total_steps=5 * len(inputs), decay="constant", snapshot="off"
+    )
     train(controller, model, inputs * 5)
     losses = history_of(controller)["loss"]
     assert losses[-len(inputs) :].mean() < 0.7 * losses[: len(inputs)].mean()
@@ -225,7 +227,7 @@ class InheritedLoad(torch.optim.SGD):
 @pytest.fixture(params=[SilentLoad, InheritedLoad])
 def attached(request, make_model) -> tuple[Any, AdaptiveLR]:
     optimizer = request.param(make_model().parameters(), lr=0.1)
-    return optimizer, AdaptiveLR(optimizer, total_steps=STEPS)
+    return optimizer, AdaptiveLR(optimizer, total_steps=STEPS, snapshot="off")
 
 
 def test_a_load_that_calls_no_hooks_is_heard_of(attached):

@@ -67,7 +67,7 @@ def make_optimizer(
 
 def attach(optimizer: torch.optim.Optimizer, losses: Sequence[torch.Tensor]) -> AdaptiveLR:
     """Attach a controller with the default guard, and step it past its start-up and warm-up."""
-    controller = AdaptiveLR(optimizer, TOTAL_STEPS, warmup=WARMUP_STEPS)
+    controller = AdaptiveLR(optimizer, TOTAL_STEPS, warmup=WARMUP_STEPS, snapshot="off")
     for index in range(SETTLING_STEPS):
         controller.step(losses[index % len(losses)])
     return controller
