@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import loss_of, parameters_of, same, skips, train, train_bare
+from conftest import loss_of, parameters_of, same, train, train_bare
 from optimizers import CASES, DEVICE_CONTROLLED, REFUSED, exists, expected_path, make, table
 
 from adaptlr import Action, AdaptiveLR
