@@ -185,11 +185,13 @@ def begin_test(config: Config, state: State, archive: Archive) -> Orders:
 
 
 def end_test(config: Config, state: State, archive: Archive) -> Orders:
-    """Settle if the ramp got lower than the run before it; if not, the run goes on."""
+    """Settle if the ramp got lower than the run ever did, or clearly lower than where it stands."""
     progress = coarse_progress(config, state)
-    before = coarse_progress(config, archive[state.aside_slot]).lowest_level
-    won = progress.lowest_level < before - TEST_ERRORS * level_error(progress.lowest_noise)
-    if won and has_learned(progress):
+    before = coarse_progress(config, archive[state.aside_slot])
+    error, present = level_error(progress.lowest_noise), present_error(before)
+    lower = progress.lowest_level < before.lowest_level - TEST_ERRORS * error
+    better = progress.lowest_level < before.fast_level - TEST_ERRORS * math.hypot(error, present)
+    if has_learned(progress) and (lower or better):
         return settle(config, progress, state)
     orders = return_to_aside(state, archive)
     state.tested = 1.0

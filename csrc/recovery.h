@@ -215,13 +215,18 @@ ADAPTLR_HOST_DEVICE inline void return_to_aside(const Archive& archive, State& s
   order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
 }
 
-/// A test has come up to the lr in use without an alarm.
+/// A test has come up to the lr in use without an alarm. It has won if it got lower than the run
+/// ever did, or clearly lower than where the run stands.
 ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& archive, State& state,
                                          Decision& decision) {
   const Progress p = coarse_progress(config, state);
-  const State& aside = archive.of(state.aside_slot);
-  const double before = coarse_progress(config, aside).lowest_level;
-  if (has_learned(p) && p.lowest_level < before - kTestErrors * level_error(p.lowest_noise)) {
+  const Progress before = coarse_progress(config, archive.of(state.aside_slot));
+  const double noise = square_root(before.noise * before.noise * before.variance_factor +
+                                   p.lowest_noise * p.lowest_noise);
+  const bool lower =
+      p.lowest_level < before.lowest_level - kTestErrors * level_error(p.lowest_noise);
+  const bool better = p.lowest_level < before.fast_level - kTestErrors * level_error(noise);
+  if (has_learned(p) && (lower || better)) {
     return settle(config, p, state, decision);
   }
   const double level = p.lowest_evidence > kSureErrors ? p.lowest_level : kNever;

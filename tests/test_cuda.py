@@ -272,13 +272,13 @@ class Sharded:
 def test_a_gradient_norm_far_above_its_level_is_flagged_without_a_wait(make_model, wrap):
     optimizer = torch.optim.SGD(make_model(device="cuda").parameters(), lr=0.1)
     controller = AdaptiveLR(optimizer, total_steps=100, snapshot="off")
-    loss = torch.ones((), device="cuda")
+    losses = torch.linspace(2.0, 1.0, 40, device="cuda")
     norms = (1.0 + 0.1 * torch.sin(torch.arange(40.0))).cuda()
     norms[30] = 100.0
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for norm in norms.unbind():
+        for loss, norm in zip(losses.unbind(), norms.unbind(), strict=True):
             controller.step(loss, grad_norm=wrap(norm))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -52,7 +52,7 @@ LOSS_FIELDS |= {"fine_differences", "coarse_differences"}
 EXACT_FIELDS = {"step", "samples", "observed", "best_samples", "outlier_run", "phase", "phase_step"}
 EXACT_FIELDS |= {"streak", "last_alarm", "consecutive_skips", "consecutive_overflows", "skips"}
 EXACT_FIELDS |= {"cuts", "previous_phase", "flags", "action", "norm_samples", "block_count"}
-EXACT_FIELDS |= {"count", "first_loss", "previous_loss", "next_difference", "lowest_age"}
+EXACT_FIELDS |= {"count", "next_difference", "lowest_age"}
 EXACT_FIELDS |= {"restarts", "origin_step", "restarted", "trials", "tested", "soft_step"}
 EXACT_FIELDS |= {"aside_slot", "good_slot", "pending_slot", "pending_step"}
 # Rates of any size: every digit counts.
