@@ -27,7 +27,8 @@ constexpr double kTrialSamples = 20.0;
 constexpr double kTrialErrors = 2.5;
 constexpr double kMaxTrials = 3.0;
 constexpr double kTestErrors = 3.0;
-constexpr double kSoftPause = 24.0; // samples after a trial
+constexpr double kOutOfReach = 1e300; // ramp_level of a ramp that has learned nothing
+constexpr double kSoftPause = 24.0;   // samples after a trial
 
 constexpr double kProbeSteps = 8.0;
 constexpr double kProbeShift = 1.2; // mean score of a probe: 3.4 standard errors
@@ -215,7 +216,9 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
     state.aside_slot = kNoSlot;
     return settle(config, state, decision);
   }
-  const double level = p.lowest_level, log_lr = p.lowest_log_lr;
+  const double reached =
+      p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
+  const double level = has_learned(p) ? reached : kOutOfReach, log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
   state.tested = 1.0;
   state.ramp_level = level;
@@ -239,17 +242,17 @@ ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive
 }
 
 /// A soft alarm while the weights are not better than at the start: only a test can tell why. After
-/// a test that told nothing, what its ramp has reached is still a better offer than a run that has
-/// got worse since.
+/// a test that told nothing, what its ramp has learned is still a better offer than a run that has
+/// got worse since. The lowest level of a ramp and a present one that a chart has picked are both
+/// extremes: their intervals must not overlap, each as wide as its own level is uncertain.
 ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archive, State& state,
                                       Decision& decision) {
   const Progress p = coarse_progress(config, state);
+  const double error = p.noise * square_root(p.variance_factor * level_variance(kFastGain));
   if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
-  } else if (p.fast_level >
-             state.ramp_level +
-                 kTestErrors * level_error(p.noise * square_root(p.variance_factor))) {
+  } else if (p.fast_level - kTestErrors * error > state.ramp_level) {
     state.restarts += 1.0;
     restart(config, divide(relative_lr(config, state.ramp_log_lr), kRampDivisor), state, decision);
   }

@@ -11,17 +11,26 @@ pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/reliability/false_alarms"))
 
 from families import FAMILIES, Family
-from measure import LONG
-from simulate import alarm_flags, config_row
+from measure import LONG, SHORT
+from simulate import alarm_flags, closed_loop, config_row
 
 CALM = ("Gaussian", "Gaussian, flat", "log-normal 0.3", "log-normal 0.3, flat")
-SEED = 1  # other runs than those of the benchmark, which begin with 0
-calm_families = pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if family.name in CALM], ids=lambda family: family.name
-)
+CALM_FAMILIES = [family for family in FAMILIES if family.name in CALM]
 
 
-@calm_families
+@pytest.mark.parametrize("family", CALM_FAMILIES, ids=lambda family: family.name)
 def test_no_hard_alarm_in_100_000_steps(family: Family) -> None:
-    flags = alarm_flags(family, config_row(LONG, "observe"), family.random(9, SEED))
+    flags = alarm_flags(family, config_row(LONG, "observe"), family.random(1, 0))
     assert len(flags) == 0, f"flags {flags}"
+
+
+def test_one_short_run_in_a_hundred_keeps_a_cut_at_most() -> None:
+    row = config_row(SHORT, "act")
+    outcomes = [
+        closed_loop(family, row, family.random(2, run))
+        for family in CALM_FAMILIES
+        for run in range(30)
+    ]
+    assert not any(outcome.failed for outcome in outcomes)
+    # At 1 % of 120 runs, five or more come to pass in 0.8 % of all tests; the seeds are fixed.
+    assert sum(outcome.lowered for outcome in outcomes) <= 4

@@ -176,18 +176,16 @@ class Report:
     # -- CSV ----------------------------------------------------------------------
 
     def csv(self) -> str:
-        """Return every count as a line, under a comment with the facts."""
+        """Return the counts of every task as a line, under a comment with the facts."""
+        measures = sorted({name for counts in self.results.values() for name in counts})
         text = io.StringIO()
         text.write(f"# {self.facts}\n")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("sensitivity", "part", "family", "group", "measure", "count", "runs"))
+        writer.writerow(("sensitivity", "part", "family", "runs", *measures))
         for task in sorted(self.results, key=_order):
-            group = next(f.group.value for f in FAMILIES if f.name == task.family)
-            first = (task.sensitivity, task.part.value, task.family, group)
-            counts = sorted(self.results[task].items())
-            writer.writerows((*first, name, count, task.runs) for name, count in counts if count)
-            if not any(self.results[task].values()):
-                writer.writerow((*first, "any", 0, task.runs))
+            counts = [self.results[task].get(name, "") for name in measures]
+            first = (f"{task.sensitivity:g}", task.part.value, task.family, task.runs)
+            writer.writerow((*first, *counts))
         return text.getvalue()
 
 
