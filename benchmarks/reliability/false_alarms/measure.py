@@ -89,7 +89,7 @@ def _alarms(flags: list[int]) -> Counts:
     counts: Counts = Counter({"any": len(flags)})
     for alarm in ALARMS:
         counts[alarm.name or ""] = sum(bool(value & alarm) for value in flags)
-    counts.update({f"runs with {name}": 1 for name, count in list(counts.items()) if count})
+    counts.update({f"runs with {name}": int(count > 0) for name, count in list(counts.items())})
     return counts
 
 

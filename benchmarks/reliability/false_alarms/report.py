@@ -104,7 +104,9 @@ class Report:
             short = max(self.kept_short(family) for family in members(group))
             long = max(self.kept_long(family) for family in members(group))
             measured = f"up to {_number(short)} % and {_number(long)}"
-            rows.append((f"both, {group.value}", "none", measured, ""))
+            exceeds = short > max(MAX_KEPT_SHORT.values()) or long > max(MAX_KEPT_LONG.values())
+            verdict = "exceeds those of the others" if exceeds else ""
+            rows.append((f"both, {group.value}", "none", measured, verdict))
         return table(("target", "limit", "measured", "met"), rows)
 
     def _short_target(
