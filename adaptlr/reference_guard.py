@@ -39,6 +39,7 @@ LONG_ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE
 COLLAPSE = Flag.LOST | Flag.ABOVE
 OVERFLOW_LIMIT = 33  # in a row; GradScaler halves from 2^16 to 2^-16 in 32
 EARLY = 4.0  # chart_steps after a start, within which it is gone back to
+FORGIVEN = 0.25  # of a restart, by every snapshot that has aged well
 PROBE_STEPS, PROBE_SHIFT = 8, 1.2  # mean score of a probe that tells of other data
 
 
@@ -127,7 +128,7 @@ def answer_alarm(
         state.cut_factor = state.trial_factor
     if is_ramp(state):
         return answer_on_ramp(config, state)
-    if is_early(config, state):
+    if is_early(config, state) and (alarms & COLLAPSE or not state.good_slot):
         return start_over(config, state)
     if state.good_slot:
         return begin_probe(state, archive)
@@ -254,7 +255,9 @@ def keep_snapshot(config: Config, reading: Reading, state: State, archive: Archi
     quiet = state.cusum < 4 and reading.fast_rise < 3 and state.phase != Phase.REWARM
     if not quiet or state.fine.count < config.snapshot_steps:
         return Orders()
-    state.good_slot = state.pending_slot or state.good_slot
+    if state.pending_slot:
+        state.good_slot = state.pending_slot
+        state.restarts = max(0.0, state.restarts - FORGIVEN)
     state.pending_slot, state.pending_step = spare_slot(state), state.step
     archive[state.pending_slot] = copy.deepcopy(state)
     return Orders(save=state.pending_slot)

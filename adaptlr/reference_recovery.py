@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from adaptlr.reference_progress import SOFT, Reading, coarse_progress
+from adaptlr.reference_progress import FAST_GAIN, SOFT, Reading, coarse_progress, variance_of
 from adaptlr.reference_schedule import own_schedule, schedule
 from adaptlr.reference_state import (
     Archive,
@@ -196,7 +196,8 @@ def end_test(config: Config, state: State, archive: Archive) -> Orders:
     orders = return_to_aside(state, archive)
     state.tested = 1.0
     sure = progress.lowest_evidence > SURE_ERRORS
-    state.ramp_level = progress.lowest_level if sure else NEVER
+    error = progress.lowest_noise * math.sqrt(progress.lowest_variance)
+    state.ramp_level = progress.lowest_level + TEST_ERRORS * error if sure else NEVER
     state.ramp_log_lr = progress.lowest_log_lr
     state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
     return orders
@@ -258,7 +259,8 @@ def doubt(config: Config, state: State, archive: Archive) -> Orders:
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)
-    if progress.fast_level <= state.ramp_level + TEST_ERRORS * present_error(progress):
+    variance = progress.variance_factor * variance_of(FAST_GAIN, progress)
+    if progress.fast_level - TEST_ERRORS * progress.noise * math.sqrt(variance) <= state.ramp_level:
         return Orders()
     state.restarts += 1
     return restart(config, relative(config, state.ramp_log_lr) / RAMP_DIVISOR, state)

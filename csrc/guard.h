@@ -12,6 +12,7 @@ constexpr double kRegrowLimit = 0.7;              // of the factor that failed
 constexpr double kDriftBackoff = 0.7;             // a drift is slow: a small cut will do
 constexpr double kMaxConsecutiveOverflows = 32.0; // GradScaler's scale: from 2^16 to 2^-16
 constexpr double kEarlySteps = 4.0; // W' after a start, within which it is gone back to
+constexpr double kForgiven = 0.25;  // of a restart, by every snapshot that has aged well
 constexpr double kQuietCusum = 4.0;
 constexpr double kQuietRise = 3.0; // standard errors
 constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
@@ -124,7 +125,7 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
     state.cut_factor = state.trial_factor;
   if (is_ramp(state))
     answer_on_ramp(config, state, decision);
-  else if (is_early(config, state))
+  else if (is_early(config, state) && (state.good_slot == kNoSlot || alarms & kCollapse))
     start_over(config, state, decision);
   else if (state.good_slot != kNoSlot)
     begin_probe(archive, state, decision);
@@ -190,8 +191,10 @@ ADAPTLR_HOST_DEVICE inline void keep_snapshots(const Config& config, const Readi
                      state.fine.count >= config.snapshot_steps && !is_in(Phase::kRewarm, state);
   if (!quiet)
     return;
-  if (state.pending_slot != kNoSlot)
+  if (state.pending_slot != kNoSlot) {
     state.good_slot = state.pending_slot;
+    state.restarts = larger(0.0, state.restarts - kForgiven);
+  }
   state.pending_slot = spare_slot(state);
   state.pending_step = state.step;
   archive.of(state.pending_slot) = state;

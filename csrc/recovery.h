@@ -229,7 +229,9 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
   if (has_learned(p) && (lower || better)) {
     return settle(config, p, state, decision);
   }
-  const double level = p.lowest_evidence > kSureErrors ? p.lowest_level : kNever;
+  const double reached =
+      p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
+  const double level = p.lowest_evidence > kSureErrors ? reached : kNever;
   const double log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
   state.tested = 1.0;
@@ -256,17 +258,18 @@ ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive
 }
 
 /// A soft alarm while the weights are not better than at the start: only a test can tell why. After
-/// a test that told nothing, what its ramp has reached is still a better offer than a run that has
-/// got worse since.
+/// a test that told nothing, what its ramp has learned is still a better offer than a run that has
+/// got worse since. The lowest level of a ramp and a present one that a chart has picked are both
+/// extremes: their intervals must not overlap, each as wide as its own level is uncertain.
 ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archive, State& state,
                                       Decision& decision) {
   const Progress p = coarse_progress(config, state);
+  const double variance = level_variance(level_gain(kFastGain, p.count));
+  const double error = p.noise * square_root(p.variance_factor * variance);
   if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
-  } else if (p.fast_level >
-             state.ramp_level +
-                 kTestErrors * level_error(p.noise * square_root(p.variance_factor))) {
+  } else if (p.fast_level - kTestErrors * error > state.ramp_level) {
     state.restarts += 1.0;
     restart(config, divide(relative_lr(config, state.ramp_log_lr), kRampDivisor), state, decision);
   }

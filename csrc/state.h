@@ -216,7 +216,7 @@ struct State : Statistics {
   double trials;                // that did not help
   double tested;                // 1: the last test told nothing
   double soft_step;             // the first at which a soft chart may speak again
-  double ramp_level;            // lowest level of a test that told nothing, if it learned; loss
+  double ramp_level;            // three errors above the lowest of a test that only learned; loss
   double ramp_log_lr;           // its ln lr
   double probe_sum;             // of the probe's clipped scores
   double aside_slot;            // where the state lies that was set aside; a Slot
