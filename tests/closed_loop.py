@@ -137,11 +137,11 @@ SCENARIOS = [
     ),
     # Dead from the start: the test gets lower, and wins.
     Scenario(DEAD, ("TRIAL>TEST", "TEST>REWARM")),
-    # No LR helps: the test is met. What its ramp had is taken once the run is worse.
+    # No LR helps: the test is met, and a shift later on is accepted.
     Scenario(Model("flat", height=0.0), ("RUN>TEST", "TEST>RUN")),
     Scenario(
         Model("flat_then_worse", height=0.0, shift=jump(0.12, 240)),
-        ("RUN>TEST", "TEST>RUN", "RUN>REWARM"),
+        ("RUN>TEST", "TEST>RUN", "RUN>PROBE:DIVERGE", "PROBE>RUN"),
     ),
     Scenario(
         Model("flat_with_nan", height=0.0, broken=steps_from(130, 1)),
@@ -161,15 +161,15 @@ SCENARIOS = [
         Model("late", later_critical=0.05), ("RUN>PROBE:DIVERGE", "PROBE>REWARM", "REWARM>HOLD")
     ),
     Scenario(Model("shift", shift=jump(0.3)), ("RUN>PROBE:LOST", "PROBE>RUN")),
-    Scenario(Model("far_shift", shift=jump(3.0)), ("RUN>PROBE:DIVERGE",)),
+    Scenario(Model("far_shift", shift=jump(3.0)), ("RUN>PROBE:DIVERGE", "PROBE>RUN")),
     Scenario(Model("nan_late", broken=steps_from(700, 10)), ("RUN>PROBE:NONFINITE",)),
     Scenario(Model("nan_early", broken=steps_from(50, 10)), ("RUN>REWARM:NONFINITE",)),
     Scenario(Model("nan_within", broken=steps_from(50, 8)), ()),
     Scenario(Model("nan", broken=steps_from(700, 10)), ("RUN>FAILED:NONFINITE",), NO_SLOTS),
     Scenario(
         Model("one_after_another", critical=0.3, later_critical=1e-9),
-        ("RUN>REWARM:LOST", "RUN>FAILED:DIVERGE"),
-        {"snapshot_slots": 3, "max_restarts": 2},
+        ("RUN>REWARM:LOST", "REWARM>FAILED:DIVERGE"),
+        {"snapshot_slots": 3, "max_restarts": 1},
     ),
     Scenario(Model("hopeless", critical=1e-300, harm=1.0), ("RESCUE>FAILED:LOST|ABOVE",)),
     Scenario(DAMAGED, ("RUN>REWARM:LOST",), NO_SLOTS),

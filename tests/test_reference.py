@@ -806,10 +806,18 @@ def test_test_of_a_run_without_progress_is_slower_the_later_it_comes():
     decades = math.log10(schedule(CONFIG, 200) / 2e-4)  # 3.7: 120 steps of 200
     assert state.ramp_growth ** (120 / decades) == pytest.approx(10, rel=1e-13)
     # A level of 1.9 less three errors of 0.1 is the mark.
+    archive[Slot.FIRST].fine.variance_factor = 1.0
+    archive[Slot.FIRST].fine.noise = 0.3  # where the run stands is not sure enough
     state.fine = Progress(count=60, lowest_evidence=4.1, lowest_noise=0.1, lowest_level=1.81)
+    state.fine.lowest_variance = 0.01
     met = copy.deepcopy(state)
     assert reference_recovery.end_test(WITH_SNAPSHOTS, met, archive).restore == Slot.FIRST
-    assert (met.tested, met.ramp_level, met.phase, met.fine.count) == (1, 1.81, Phase.RUN, 200)
+    assert (met.tested, met.phase, met.fine.count) == (1, Phase.RUN, 200)
+    assert met.ramp_level == pytest.approx(1.81 + 3 * 0.1 * 0.1, rel=1e-15)
+    unsure = copy.deepcopy(state)
+    unsure.fine.lowest_evidence = 3.9
+    reference_recovery.end_test(WITH_SNAPSHOTS, unsure, archive)
+    assert unsure.ramp_level == reference_recovery.NEVER
     state.fine.lowest_level = 1.9 - 3 * 0.1 * math.sqrt(2 / 15) - 1e-9
     assert reference_recovery.end_test(WITH_SNAPSHOTS, state, archive).restore == Slot.START
     assert state.phase == Phase.REWARM
