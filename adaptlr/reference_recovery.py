@@ -32,6 +32,7 @@ TEST_ERRORS, TRIAL_ERRORS = 3.0, 2.5
 TRIAL_SAMPLES, TRIAL_CUT, MOST_TRIALS = 20, 4.0, 3
 PAUSE_SAMPLES = 24  # of the soft charts after a trial or a test
 SURE_ERRORS = 4.0  # of progress that is more than the luckiest of many levels
+SETTLED_SAMPLES = 12  # that a level and its noise need to be sure of
 NEVER = 1e18  # above every level
 NOTHING = Slot.NO_SLOT
 
@@ -83,6 +84,18 @@ def take_statistics(source: Statistics, state: State) -> None:
     """Copy what was measured; the clock and the counts of the guard stay."""
     for field in dataclasses.fields(Statistics):
         setattr(state, field.name, copy.deepcopy(getattr(source, field.name)))
+
+
+def highest_likely(progress: Progress) -> float:
+    """Return three standard errors above the lowest level."""
+    error = progress.lowest_noise * math.sqrt(progress.lowest_variance)
+    return progress.lowest_level + TEST_ERRORS * error
+
+
+def lowest_likely(progress: Progress) -> float:
+    """Return three standard errors below the present level."""
+    variance = progress.variance_factor * variance_of(FAST_GAIN, progress)
+    return progress.fast_level - TEST_ERRORS * progress.noise * math.sqrt(variance)
 
 
 # From the start.
@@ -188,16 +201,16 @@ def end_test(config: Config, state: State, archive: Archive) -> Orders:
     """Settle if the ramp got lower than the run ever did, or clearly lower than where it stands."""
     progress = coarse_progress(config, state)
     before = coarse_progress(config, archive[state.aside_slot])
-    error, present = level_error(progress.lowest_noise), present_error(before)
+    error = level_error(progress.lowest_noise)
     lower = progress.lowest_level < before.lowest_level - TEST_ERRORS * error
-    better = progress.lowest_level < before.fast_level - TEST_ERRORS * math.hypot(error, present)
-    if has_learned(progress) and (lower or better):
-        return settle(config, progress, state)
+    settled = progress.count - progress.lowest_age >= SETTLED_SAMPLES
+    better = settled and highest_likely(progress) < lowest_likely(before)
+    if better or (lower and has_learned(progress)):
+        return restart(config, relative(config, progress.lowest_log_lr) / RAMP_DIVISOR, state)
     orders = return_to_aside(state, archive)
     state.tested = 1.0
     sure = progress.lowest_evidence > SURE_ERRORS
-    error = progress.lowest_noise * math.sqrt(progress.lowest_variance)
-    state.ramp_level = progress.lowest_level + TEST_ERRORS * error if sure else NEVER
+    state.ramp_level = highest_likely(progress) if sure else NEVER
     state.ramp_log_lr = progress.lowest_log_lr
     state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
     return orders
@@ -259,8 +272,7 @@ def doubt(config: Config, state: State, archive: Archive) -> Orders:
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)
-    variance = progress.variance_factor * variance_of(FAST_GAIN, progress)
-    if progress.fast_level - TEST_ERRORS * progress.noise * math.sqrt(variance) <= state.ramp_level:
+    if lowest_likely(progress) <= state.ramp_level:
         return Orders()
     state.restarts += 1
     return restart(config, relative(config, state.ramp_log_lr) / RAMP_DIVISOR, state)

@@ -18,8 +18,9 @@ constexpr double kRampDivisor = 3.0;
 constexpr double kLeastCut = 2.0;      // of every restart
 constexpr double kLeastSchedule = 0.2; // a restart makes up for this much of the decay
 constexpr double kLeastFactor = 1e-8;
-constexpr double kSeenErrors = 2.0; // progress that is there
-constexpr double kSureErrors = 4.0; // even for the lowest of many levels
+constexpr double kSeenErrors = 2.0;      // progress that is there
+constexpr double kSureErrors = 4.0;      // even for the lowest of many levels
+constexpr double kSettledSamples = 12.0; // that a level and its noise need to be sure of
 constexpr double kSeenSamples = 6.0;
 constexpr double kEarlyRamp = 12.0; // samples: an alarm before them began the ramp too high
 constexpr double kRampErrors = 2.5; // above the lowest level: the best of a ramp lies behind
@@ -215,23 +216,32 @@ ADAPTLR_HOST_DEVICE inline void return_to_aside(const Archive& archive, State& s
   order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
 }
 
+/// Three standard errors above the lowest level.
+ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p) {
+  return p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
+}
+
+/// Three standard errors below the present level.
+ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p) {
+  const double variance = level_variance(level_gain(kFastGain, p.count));
+  return p.fast_level - kTestErrors * p.noise * square_root(p.variance_factor * variance);
+}
+
 /// A test has come up to the lr in use without an alarm. It has won if it got lower than the run
 /// ever did, or clearly lower than where the run stands.
 ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& archive, State& state,
                                          Decision& decision) {
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
-  const double noise = square_root(before.noise * before.noise * before.variance_factor +
-                                   p.lowest_noise * p.lowest_noise);
   const bool lower =
+      has_learned(p) &&
       p.lowest_level < before.lowest_level - kTestErrors * level_error(p.lowest_noise);
-  const bool better = p.lowest_level < before.fast_level - kTestErrors * level_error(noise);
-  if (has_learned(p) && (lower || better)) {
-    return settle(config, p, state, decision);
-  }
-  const double reached =
-      p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
-  const double level = p.lowest_evidence > kSureErrors ? reached : kNever;
+  const bool better =
+      p.count - p.lowest_age >= kSettledSamples && highest_likely(p) < lowest_likely(before);
+  if (lower || better)
+    return restart(config, divide(relative_lr(config, p.lowest_log_lr), kRampDivisor), state,
+                   decision);
+  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p) : kNever;
   const double log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
   state.tested = 1.0;
@@ -264,12 +274,10 @@ ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive
 ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archive, State& state,
                                       Decision& decision) {
   const Progress p = coarse_progress(config, state);
-  const double variance = level_variance(level_gain(kFastGain, p.count));
-  const double error = p.noise * square_root(p.variance_factor * variance);
   if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
-  } else if (p.fast_level - kTestErrors * error > state.ramp_level) {
+  } else if (lowest_likely(p) > state.ramp_level) {
     state.restarts += 1.0;
     restart(config, divide(relative_lr(config, state.ramp_log_lr), kRampDivisor), state, decision);
   }

@@ -126,6 +126,9 @@ def is_failed(controller: HostController) -> bool:
 
 def outcome_of(controller: HostController) -> Outcome:
     state = controller.state
-    answers = int(state["restarts"] + state["trials"])
+    events = controller.events()  # the last 1024: plenty
+    restores = events["action"] >> RESTORE_SHIFT & SLOT_MASK != 0
+    tries = (events["phase"] == Phase.TRIAL) & (events["previous_phase"] != Phase.TRIAL)
+    answers = int(np.count_nonzero(restores | tries))
     lowered = bool(state["cut_factor"] < 1.0)
     return Outcome(int(state["cuts"]), answers, lowered, is_failed(controller))
