@@ -25,8 +25,10 @@ SLOTS: Final[int]
 START_SLOT: Final[int]
 SAVE_SHIFT: Final[int]
 RESTORE_SHIFT: Final[int]
-# Bits of the notices, beside those of Flag: the guard has ended the run, another writer was seen.
+# Bits of the notices, beside those of Flag: the guard has ended the run, there is an event, another
+# writer was seen.
 FAILED_NOTICE: Final[int]
+EVENT_NOTICE: Final[int]
 OVERWRITTEN: Final[int]
 # Bits of what a step on the host answers, above the notices.
 SKIP_STEP: Final[int]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("adaptlr")
 
 FAILED: int = _extension.FAILED_NOTICE
+EVENT: int = _extension.EVENT_NOTICE
 _FORGOTTEN_STEPS = 3
 _TOLD_EVENTS = 8
 _TOLD_ONCE = int(Flag.ENDED | Flag.OVERWRITTEN)
@@ -55,6 +56,7 @@ class Attachment:
         config: ResolvedConfig,
         path: Path,
         snapshots: Snapshots,
+        on_event: Callable[[Event], Any] | None = None,
     ) -> None:
         """Take ``path`` into service."""
         self.optimizer = optimizer
@@ -65,7 +67,9 @@ class Attachment:
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
         self._own_events: list[Event] = []
-        path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS
+        self._on_event = on_event
+        self._told = 0  # events, to on_event
+        path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS | (EVENT if on_event else 0)
         self.pre_hook = self._connect(path)
         self.post_hook = hook_of(path, "after_step") if snapshots.wanted else None
         self._loading: Checkpoint | None = None
@@ -199,8 +203,26 @@ class Attachment:
                 "adaptlr's value wins in every step. Remove the other",
                 stacklevel=6,
             )
+        if new & EVENT:
+            self._tell_events()
         if new & FAILED:
             self.fail()
+
+    def catch_up(self) -> None:
+        """Tell the user's callbacks what has happened since."""
+        self.snapshots.catch_up()
+        if self._on_event is not None:
+            self._tell_events()
+
+    def _tell_events(self) -> None:
+        rows = self.path.core.events(0)
+        events = make_events(rows)
+        new = [
+            event for event, row in zip(events, rows, strict=True) if row["sequence"] > self._told
+        ]
+        self._told = int(rows["sequence"][-1]) if len(rows) else self._told
+        for event in new:
+            self._on_event(event)  # type: ignore[misc]
 
     def _is_over(self) -> bool:
         rows, total_steps = self.path.core.newest(), self.config.total_steps

@@ -58,6 +58,8 @@ class AdaptiveLR:
             takes the first of these that they fit into a quarter of; before it gives up, it keeps
             the start of the run alone. Made at the first step, and only for a guard that acts.
         model: For models with buffers (BatchNorm): they are part of the copies.
+        on_event: Called on the host with every `Event` of the guard, to log it or to wake somebody.
+            With decisions on a CUDA device when the host hears of it, as for ``on_rollback``.
         on_rollback: Called on the host after a rollback with the number of steps behind the weights
             that are back, None if not known; to rewind what is yours. With decisions on a CUDA
             device it is called when the host hears of it, `Status.lag` steps late, and during
@@ -99,6 +101,7 @@ class AdaptiveLR:
         check_lr: Literal[False] = False,
         snapshot: Literal["auto", "device", "host", "off"] = "auto",
         model: torch.nn.Module | None = None,
+        on_event: Callable[[Event], Any] | None = None,
         on_rollback: Callable[[int | None], Any] | None = None,
         process_group: None = None,
         recorder: None = None,
@@ -124,7 +127,7 @@ class AdaptiveLR:
             history_size,
         )
         require(snapshot in SNAPSHOTS, "snapshot", f"one of {SNAPSHOTS}", snapshot)
-        _check_callables(model, on_rollback)
+        _check_callables(model, on_event=on_event, on_rollback=on_rollback)
         config = ResolvedConfig(
             total_steps=total_steps,
             warmup=warmup,
@@ -136,7 +139,7 @@ class AdaptiveLR:
         self._history_size = history_size
         self._path = choose_path(self._optimizer, config, history_size, device_path)
         snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
-        self._attachment = Attachment(self._optimizer, config, self._path, snapshots)
+        self._attachment = Attachment(self._optimizer, config, self._path, snapshots, on_event)
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
@@ -256,7 +259,7 @@ class AdaptiveLR:
             TrainingDiverged: if the guard has ended the run and this was not told yet.
         """
         core = self._path.core
-        self._attachment.snapshots.catch_up()
+        self._attachment.catch_up()
         if core.notices & FAILED and not self._attachment.failure_told:
             self._attachment.fail()
         row = self._newest()
@@ -279,7 +282,7 @@ class AdaptiveLR:
 
     def check(self) -> None:
         """Raise `TrainingDiverged` if the guard has ended the run: for loops over a graph."""
-        self._attachment.snapshots.catch_up()
+        self._attachment.catch_up()
         if self._path.core.notices & FAILED:
             self._attachment.fail()
 
@@ -364,11 +367,12 @@ class AdaptiveLR:
         return self._attachment.suspended()
 
 
-def _check_callables(model: object, on_rollback: object) -> None:
+def _check_callables(model: object, **callbacks: object) -> None:
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
-    if on_rollback is not None and not callable(on_rollback):
-        raise TypeError(f"on_rollback must be callable or None, got {type(on_rollback).__name__}")
+    for name, callback in callbacks.items():
+        if callback is not None and not callable(callback):
+            raise TypeError(f"{name} must be callable or None, got {type(callback).__name__}")
 
 
 def _refuse_processes(guard: Guard | None) -> None:

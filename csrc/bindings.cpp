@@ -173,6 +173,7 @@ void define_layouts(py::module_& module) {
   module.attr("SAVE_SHIFT") = kSaveShift;
   module.attr("RESTORE_SHIFT") = kRestoreShift;
   module.attr("FAILED_NOTICE") = kFailedNotice;
+  module.attr("EVENT_NOTICE") = kEventNotice;
 }
 
 Dtype dtype_of(int code) {

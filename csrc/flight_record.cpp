@@ -54,7 +54,7 @@ void append(const Ring& ring, const Record& record, bool event, RingHeader& coun
     counts.events += 1;
   }
   counts.records += 1;
-  counts.notices |= notices_of(record);
+  counts.notices |= notices_of(record, event);
   *ring.header = counts;
 }
 

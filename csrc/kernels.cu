@@ -69,7 +69,7 @@ __device__ Decision advance(const StepParams& params, const double* inputs, doub
   Record record;
   const Decision decision =
       control_step(staged.config, signals, differences, archive, staged.state, record);
-  staged.cursor.notices |= notices_of(record);
+  staged.cursor.notices |= notices_of(record, decision.event);
   staged.pending = PendingLosses{0.0, 0};
   outcome.record = record;
   const bool zero = params.zero_lr && decision.action == Action::kSkip;

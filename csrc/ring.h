@@ -21,6 +21,7 @@ struct RingHeader {
   int64_t reserved;
 };
 constexpr int64_t kFailedNotice = 1 << 16;
+constexpr int64_t kEventNotice = 1 << 17; // there is an event in its ring
 
 /// Where the rings are. The writer counts by itself: it never reads back what it published.
 struct Ring {
@@ -39,9 +40,10 @@ ADAPTLR_HOST_DEVICE inline uint64_t turned(uint64_t word, unsigned place) {
   return word << bits | word >> (64 - bits);
 }
 
-ADAPTLR_HOST_DEVICE inline int64_t notices_of(const Record& record) {
+ADAPTLR_HOST_DEVICE inline int64_t notices_of(const Record& record, bool event) {
   const bool failed = record.phase == static_cast<int16_t>(Phase::kFailed);
-  return (record.flags & (kEnded | kOverwritten)) | (failed ? kFailedNotice : 0);
+  return (record.flags & (kEnded | kOverwritten)) | (failed ? kFailedNotice : 0) |
+         (event ? kEventNotice : 0);
 }
 
 } // namespace adaptlr
