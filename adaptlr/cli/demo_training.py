@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel
 import adaptlr
 from adaptlr.cli.demo_task import MODEL_FOLDER, Examples
 from adaptlr.cli.errors import CommandError
+from adaptlr.telemetry import restored_slot
 
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 BATCH_SIZE = 16
@@ -36,6 +37,7 @@ class Run:
         losses: One a step; fewer than planned if the guard gave up.
         lrs: Learning rate of each of these steps.
         events: What the controller did, in order; empty for a plain run.
+        rollbacks: Steps after which the controller had other weights put back.
         gave_up: Why the guard gave up, or None.
         eval_loss: Mean loss of the held-out docstrings after the last step.
         accuracy: Share of them that were classified correctly.
@@ -45,6 +47,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
     events: Sequence[adaptlr.Event] = ()
+    rollbacks: Sequence[int] = ()
     gave_up: str | None = None
     eval_loss: float = math.nan
     accuracy: float = math.nan
@@ -165,7 +168,7 @@ def adaptlr_loop(
     run: Run,
     record: OnStep,
 ) -> None:
-    """Train with the controller: the same schedule, times a factor that it may lower."""
+    """Train with the controller: the same schedule, until the loss says that it is too high."""
     controller = adaptlr.AdaptiveLR(optimizer, total_steps=len(batches), warmup=WARMUP)
     try:
         for batch in batches:
@@ -177,7 +180,9 @@ def adaptlr_loop(
     except adaptlr.TrainingDiverged as error:
         run.gave_up = str(error)
     controller.detach()  # waits for the device: the history is complete then
-    run.lrs = controller.history()["lr"].tolist()
+    records = controller.history()
+    run.lrs = records["lr"].tolist()
+    run.rollbacks = [int(record["step"]) for record in records if restored_slot(record)]
     run.events = controller.events()
 
 
