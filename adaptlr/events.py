@@ -198,7 +198,10 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
         f"{_seen(row)}; {_restored(row)} to see, without an update, whether the loss is lower there"
     ),
     "shift": lambda row, _: (
-        "the loss is as high with weights that are known to be good, so the data has changed; the "
+        f"{_nonfinite(row)} with weights that are known to be good, so the data is broken; the "
+        "state set aside is back, and nothing is cut"
+        if Flag(int(row["flags"])) & Flag.NONFINITE
+        else "the loss is as high with weights that are known to be good, so the data has changed; the "
         "state set aside is back, and nothing is cut"
     ),
     "failed": _failed,

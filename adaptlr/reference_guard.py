@@ -21,6 +21,7 @@ from adaptlr.reference_recovery import (
     return_to_aside,
     spare_slot,
     start_over,
+    take_statistics,
 )
 from adaptlr.reference_schedule import own_schedule, schedule
 from adaptlr.reference_state import (
@@ -128,10 +129,10 @@ def answer_alarm(
         state.cut_factor = state.trial_factor
     if is_ramp(state):
         return answer_on_ramp(config, state)
-    if is_early(config, state) and (alarms & COLLAPSE or not state.good_slot):
-        return start_over(config, state)
     if state.good_slot:
-        return begin_probe(state, archive)
+        return begin_probe(is_early(config, state) and bool(alarms & COLLAPSE), state, archive)
+    if is_early(config, state):
+        return start_over(config, state)
     if state.level < state.start_level:  # what is at hand is still better than the start
         return answer_in_place(config, signals, alarms, state)
     return start_over(config, state)
@@ -184,6 +185,8 @@ def go_on(
 ) -> Orders:
     """Advance the phase; begin an experiment or take a snapshot when it is time."""
     measured = is_finite(signals.loss) and not flags & Flag.NONFINITE
+    if state.phase == Phase.PROBE and flags & Flag.NONFINITE:
+        return return_to_aside(state, archive)  # of good weights: the data is broken
     if state.phase == Phase.PROBE:
         return advance_probe(config, signals, state, archive) if measured else Orders()
     if is_ramp(state):
@@ -206,7 +209,10 @@ def advance_probe(config: Config, signals: Signals, state: State, archive: Archi
         return Orders(skip=True)
     if state.probe_sum > PROBE_SHIFT * PROBE_STEPS:
         return accept_shift(signals, state, archive)
-    state.aside_slot = NOTHING
+    slot, state.aside_slot = state.aside_slot, NOTHING
+    if state.collapsed:
+        take_statistics(archive[slot], state)  # what the way there has told
+        return start_over(config, state)
     cut(config, Flag(0), state)
     expect_change(signals.loss, False, state)
     return Orders(skip=True)

@@ -125,10 +125,10 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
     state.cut_factor = state.trial_factor;
   if (is_ramp(state))
     answer_on_ramp(config, state, decision);
-  else if (is_early(config, state) && (state.good_slot == kNoSlot || alarms & kCollapse))
-    start_over(config, state, decision);
   else if (state.good_slot != kNoSlot)
-    begin_probe(archive, state, decision);
+    begin_probe(is_early(config, state) && alarms & kCollapse, archive, state, decision);
+  else if (is_early(config, state))
+    start_over(config, state, decision);
   else if (state.level < state.start_level) // what is at hand is still better than the start
     answer_in_place(config, signals, alarms, state, decision);
   else
@@ -159,7 +159,12 @@ ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signal
     accept_shift(signals, archive, state, decision);
     return;
   }
+  const double slot = state.aside_slot;
   state.aside_slot = kNoSlot;
+  if (state.collapsed != 0.0) {
+    static_cast<Statistics&>(state) = archive.of(slot); // what the way there has told
+    return start_over(config, state, decision);
+  }
   cut(config, false, state);
   expect_change(signals.loss, false, state);
 }
@@ -219,8 +224,11 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
                                       const Archive& archive, int32_t flags, const Reading& reading,
                                       State& state, Decision& decision) {
   const bool measured = is_finite(signals.loss) && !(flags & kNonfinite);
-  if (is_in(Phase::kProbe, state))
+  if (is_in(Phase::kProbe, state)) {
+    if (flags & kNonfinite) // of good weights: the data is broken, and the LR is not to blame
+      return return_to_aside(archive, state, decision);
     return measured ? advance_probe(config, signals, archive, state, decision) : void();
+  }
   if (is_ramp(state))
     return measured ? advance_ramp(config, archive, reading, state, decision) : void();
   if (is_in(Phase::kTrial, state))
