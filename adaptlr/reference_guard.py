@@ -22,6 +22,7 @@ from adaptlr.reference_recovery import (
     spare_slot,
     start_over,
     take_statistics,
+    was_range_test,
 )
 from adaptlr.reference_schedule import own_schedule, schedule
 from adaptlr.reference_state import (
@@ -130,7 +131,8 @@ def answer_alarm(
     if is_ramp(state):
         return answer_on_ramp(config, state)
     if state.good_slot:
-        return begin_probe(is_early(config, state) and bool(alarms & COLLAPSE), state, archive)
+        collapsed = is_early(config, state) and bool(alarms & COLLAPSE)
+        return begin_probe(collapsed and was_range_test(state.fine), state, archive)
     if is_early(config, state):
         return start_over(config, state)
     if state.level < state.start_level:  # what is at hand is still better than the start

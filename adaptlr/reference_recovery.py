@@ -140,6 +140,11 @@ def failed_lr(state: State) -> float:
     return max(state.first_lr, 0.1 * state.cut_factor) if state.restarted else state.first_lr
 
 
+def was_range_test(p: Progress) -> bool:
+    """Say whether the way to a collapse has told which LR is good: it has doubled since."""
+    return not has_learned(p) or p.log_lr - p.lowest_log_lr > math.log(2)
+
+
 def start_over(config: Config, state: State) -> Orders:
     """Answer a hard alarm near the start: the way there may have told which LR was good."""
     if not state.tested and not has_learned(state.fine):

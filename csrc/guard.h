@@ -126,7 +126,8 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
   if (is_ramp(state))
     answer_on_ramp(config, state, decision);
   else if (state.good_slot != kNoSlot)
-    begin_probe(is_early(config, state) && alarms & kCollapse, archive, state, decision);
+    begin_probe(is_early(config, state) && alarms & kCollapse && was_range_test(state.fine), archive,
+                state, decision);
   else if (is_early(config, state))
     start_over(config, state, decision);
   else if (state.level < state.start_level) // what is at hand is still better than the start
