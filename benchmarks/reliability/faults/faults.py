@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.reliability.faults.script import Actor, Script
 from benchmarks.reliability.faults.tasks import CLASSES
 
+Write = Callable[[Script, int, torch.Generator], None]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -40,7 +41,7 @@ class Fault:
     """
 
     name: str
-    write: Callable[[Script, int, torch.Generator], None]
+    write: Write
     demand: Demand = Demand.NOTHING
     lasting: bool = False
     float_lr: bool = False

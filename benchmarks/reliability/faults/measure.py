@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from adaptlr import Guard
-from benchmarks.reliability.faults.faults import Demand, Fault, none
-from benchmarks.reliability.faults.script import Script, healthy
-from benchmarks.reliability.faults.tasks import Course, Task
+from benchmarks.reliability.faults.faults import Demand, Fault, Write, none
+from benchmarks.reliability.faults.script import healthy
+from benchmarks.reliability.faults.tasks import Task
 from benchmarks.reliability.faults.training import Outcome, train
 
 
@@ -78,29 +79,31 @@ class Row:
 
 
 def measure(
-    task: Task, optimizers: Sequence[str], faults: Sequence[Fault], seed: int, place: Place
+    task: Task,
+    optimizers: Sequence[str],
+    faults: Sequence[Fault],
+    seed: int,
+    place: Place,
+    with_plain: bool = True,
 ) -> Iterator[Row]:
-    """Yield the rows of one seed, optimizer by optimizer."""
-    course = task.course(place.steps, seed)
-    begin = begin_of(seed, place.steps)
+    """Yield the rows of one seed, optimizer by optimizer; ``plain`` is NaN where not wanted."""
     for optimizer in optimizers:
-        references: dict[object, Outcome] = {}
+        series = _Series(task, optimizer, seed, place)
+        references: dict[Write, Outcome] = {}
         for fault in faults:
             if fault.float_lr and place.device.type != "cpu":
                 continue
             key = fault.write if fault.lasting else none
             if key not in references:
-                references[key] = _train(task, optimizer, key, course, begin, seed, place, None)
+                references[key] = series.train(key, None)
             reference = references[key]
-            plain = (
-                reference
-                if fault.write is key
-                else _train(task, optimizer, fault.write, course, begin, seed, place, None)
-            )
-            guarded = _train(task, optimizer, fault.write, course, begin, seed, place, Guard())
+            plain = reference.end if fault.write is key else math.nan
+            if with_plain and fault.write is not key:
+                plain = series.train(fault.write, None).end
+            guarded = series.train(fault.write, Guard())
             yield Row(
-                *(task.name, place.form, optimizer, fault.name, seed, begin),
-                *(reference.start, reference.end, plain.end, guarded.end),
+                *(task.name, place.form, optimizer, fault.name, seed, series.begin),
+                *(reference.start, reference.end, plain, guarded.end),
                 *(guarded.rollbacks, guarded.factor, " / ".join(guarded.events)),
             )
 
@@ -115,21 +118,19 @@ def as_fields(row: Row) -> dict[str, object]:
     return asdict(row)
 
 
-def _train(
-    task: Task,
-    optimizer: str,
-    write: object,
-    course: Course,
-    begin: int,
-    seed: int,
-    place: Place,
-    guard: Guard | None,
-) -> Outcome:
-    script = healthy(course)
-    write(script, begin, torch.Generator().manual_seed(seed))
-    script = Script(
-        script.course.to(place.device), script.loss_scale, script.gradient_scale, script.actions
-    )
-    torch.manual_seed(seed)
-    model = task.model().to(place.device)
-    return train(model, optimizer, script, guard, place.graph)
+class _Series:
+    """Runs that differ in their fault and their guard alone."""
+
+    def __init__(self, task: Task, optimizer: str, seed: int, place: Place) -> None:
+        self.task, self.optimizer, self.seed, self.place = task, optimizer, seed, place
+        self.course = task.course(place.steps, seed)
+        self.begin = begin_of(seed, place.steps)
+
+    def train(self, write: Write, guard: Guard | None) -> Outcome:
+        """Take a run whose script ``write`` has changed."""
+        script = healthy(self.course)
+        write(script, self.begin, torch.Generator().manual_seed(self.seed))
+        script.course = script.course.to(self.place.device)
+        torch.manual_seed(self.seed)
+        model = self.task.model().to(self.place.device)
+        return train(model, self.optimizer, script, guard, self.place.graph)
