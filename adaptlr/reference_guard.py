@@ -74,13 +74,15 @@ def audible(config: Config, flags: Flag, state: State) -> Flag:
     """Return the hard alarms that count.
 
     Soon after another alarm those of the slow charts are its echo. On a ramp the collapse charts
-    judge alone, with any loss that is not finite: the others know no rising LR. A probe judges by
-    itself.
+    judge alone: the others know no rising LR. A loss that is not finite ends a rescue at once; a
+    test has a healthy run to lose. A probe judges by itself.
     """
     if state.phase == Phase.PROBE:
         return Flag(0)
     if is_ramp(state):
-        return flags & (COLLAPSE | (Flag.NONFINITE if state.fine.count else Flag(0)))
+        heard = state.phase == Phase.RESCUE and state.fine.count
+        broken = Flag.NONFINITE if heard else Flag(0)
+        return flags & (COLLAPSE | broken)
     echoes = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps
     return flags & (COLLAPSE | (Flag.DIVERGE if echoes else LONG_ALARMS))
 

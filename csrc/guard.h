@@ -19,13 +19,14 @@ constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
 constexpr int32_t kCollapse = kLost | kAbove;
 
 /// The hard alarms in `flags`, without those of the slow charts while an earlier alarm still echoes
-/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A probe
-/// judges by itself.
+/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A loss that is
+/// not finite ends a rescue at once; a test has a healthy run to lose. A probe judges by itself.
 ADAPTLR_HOST_DEVICE inline int32_t audible(const Config& config, int32_t flags,
                                            const State& state) {
   const bool muted = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps;
   const int32_t slow = muted ? static_cast<int32_t>(kDiverge) : kLongAlarms;
-  const int32_t broken = state.fine.count > 0.0 ? static_cast<int32_t>(kNonfinite) : 0;
+  const bool rescue = is_in(Phase::kRescue, state);
+  const int32_t broken = rescue && state.fine.count > 0.0 ? static_cast<int32_t>(kNonfinite) : 0;
   const int32_t heard = is_ramp(state) ? broken : slow;
   return is_in(Phase::kProbe, state) ? 0 : flags & (heard | kCollapse);
 }
