@@ -19,8 +19,9 @@ constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
 constexpr int32_t kCollapse = kLost | kAbove;
 
 /// The hard alarms in `flags`, without those of the slow charts while an earlier alarm still echoes
-/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A loss that is
-/// not finite ends a rescue at once; a test has a healthy run to lose. A probe judges by itself.
+/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A loss
+/// that is not finite ends a rescue at once; a test has a healthy run to lose. A probe judges by
+/// itself.
 ADAPTLR_HOST_DEVICE inline int32_t audible(const Config& config, int32_t flags,
                                            const State& state) {
   const bool muted = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps;
@@ -127,8 +128,8 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
   if (is_ramp(state))
     answer_on_ramp(config, state, decision);
   else if (state.good_slot != kNoSlot)
-    begin_probe(is_early(config, state) && alarms & kCollapse && was_range_test(state.fine), archive,
-                state, decision);
+    begin_probe(is_early(config, state) && alarms & kCollapse && was_range_test(state.fine),
+                archive, state, decision);
   else if (is_early(config, state))
     start_over(config, state, decision);
   else if (state.level < state.start_level) // what is at hand is still better than the start

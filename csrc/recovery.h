@@ -160,8 +160,8 @@ ADAPTLR_HOST_DEVICE inline double failed_lr(const State& state) {
   return state.restarted == 0.0 ? state.first_lr : larger(state.first_lr, 0.1 * state.cut_factor);
 }
 
-/// Whether the way to a collapse has told which lr is good: it has at least doubled since the lowest
-/// level, or nothing was learned.
+/// Whether the way to a collapse has told which lr is good: it has at least doubled since the
+/// lowest level, or nothing was learned.
 ADAPTLR_HOST_DEVICE inline bool was_range_test(const Progress& p) {
   return !has_learned(p) || p.log_lr - p.lowest_log_lr > logarithm(kLeastCut);
 }

@@ -23,7 +23,8 @@ Runs of {steps} steps at a good learning rate that suffer a fault between a quar
 of their way. *Reference*: the same seed without the fault (with it where it is lasting data) and
 without a guard. *Excess*: held-out loss after the last step over that of the reference, less 1;
 means of at most {seeds} seeds; *worst* is the worst seed. *Lost*: what is missing of the
-reference's progress from the untrained model, in % of it. *Touched*: runs with a rollback or a cut left.
+reference's progress from the untrained model, in % of it. *Touched*: runs with a rollback
+or a cut left.
 Target: a mean excess of at most {limit:.0%}, and what the fault demands besides. The row *none, one
 batch taken twice* shows how far apart runs lie by chance. How it is done: `benchmarks/README.md`.
 """
