@@ -151,6 +151,16 @@ def _restart(row: Row, factor: float) -> str:
     )
 
 
+def _shift(row: Row, _: float) -> str:
+    broken = Flag(int(row["flags"])) & Flag.NONFINITE
+    what = (
+        f"{_nonfinite(row)} with weights that are known to be good, so the data is broken"
+        if broken
+        else "the loss is as high with weights that are known to be good, so the data has changed"
+    )
+    return f"{what}; the state set aside is back, and nothing is cut"
+
+
 def _failed(row: Row, factor: float) -> str:
     flags = Flag(int(row["flags"]))
     if flags & Flag.OVERFLOW:
@@ -197,10 +207,7 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
     "probe": lambda row, _: (
         f"{_seen(row)}; {_restored(row)} to see, without an update, whether the loss is lower there"
     ),
-    "shift": lambda row, _: (
-        "the loss is as high with weights that are known to be good, so the data has changed; the "
-        "state set aside is back, and nothing is cut"
-    ),
+    "shift": _shift,
     "failed": _failed,
     "hold": lambda row, _: f"re-warmed to {float(row['factor']):.3g} of the schedule; holding",
     "regrow": lambda row, _: "the loss has been quiet; the learning rate grows again",

@@ -30,7 +30,7 @@ from adaptlr.reference_detector import (
 )
 from adaptlr.reference_guard import guard, multiplier, rewarmed_factor
 from adaptlr.reference_progress import Reading, watch_progress
-from adaptlr.reference_recovery import Orders, is_ramp
+from adaptlr.reference_recovery import Orders, follow_peak, is_ramp
 from adaptlr.reference_schedule import last_multiplier, schedule
 from adaptlr.reference_state import (
     Action,
@@ -91,6 +91,8 @@ def control_step(
         archive: The states beside the snapshots; the same from step to step. Needed where there
             are snapshots.
     """
+    if state.peak != config.peak:
+        follow_peak(config, state)
     measurement, reading = measure(config, signals, state)
     flags = measurement.flags
     record = record_before_guard(signals, measurement, state)

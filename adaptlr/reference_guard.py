@@ -21,6 +21,8 @@ from adaptlr.reference_recovery import (
     return_to_aside,
     spare_slot,
     start_over,
+    take_statistics,
+    was_range_test,
 )
 from adaptlr.reference_schedule import own_schedule, schedule
 from adaptlr.reference_state import (
@@ -72,13 +74,15 @@ def audible(config: Config, flags: Flag, state: State) -> Flag:
     """Return the hard alarms that count.
 
     Soon after another alarm those of the slow charts are its echo. On a ramp the collapse charts
-    judge alone, with any loss that is not finite: the others know no rising LR. A probe judges by
-    itself.
+    judge alone: the others know no rising LR. A loss that is not finite ends a rescue at once; a
+    test has a healthy run to lose. A probe judges by itself.
     """
     if state.phase == Phase.PROBE:
         return Flag(0)
     if is_ramp(state):
-        return flags & (COLLAPSE | (Flag.NONFINITE if state.fine.count else Flag(0)))
+        heard = state.phase == Phase.RESCUE and state.fine.count
+        broken = Flag.NONFINITE if heard else Flag(0)
+        return flags & (COLLAPSE | broken)
     echoes = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps
     return flags & (COLLAPSE | (Flag.DIVERGE if echoes else LONG_ALARMS))
 
@@ -128,10 +132,11 @@ def answer_alarm(
         state.cut_factor = state.trial_factor
     if is_ramp(state):
         return answer_on_ramp(config, state)
-    if is_early(config, state) and (alarms & COLLAPSE or not state.good_slot):
-        return start_over(config, state)
     if state.good_slot:
-        return begin_probe(state, archive)
+        collapsed = is_early(config, state) and bool(alarms & COLLAPSE)
+        return begin_probe(collapsed and was_range_test(state.fine), state, archive)
+    if is_early(config, state):
+        return start_over(config, state)
     if state.level < state.start_level:  # what is at hand is still better than the start
         return answer_in_place(config, signals, alarms, state)
     return start_over(config, state)
@@ -184,6 +189,8 @@ def go_on(
 ) -> Orders:
     """Advance the phase; begin an experiment or take a snapshot when it is time."""
     measured = is_finite(signals.loss) and not flags & Flag.NONFINITE
+    if state.phase == Phase.PROBE and flags & Flag.NONFINITE:
+        return return_to_aside(state, archive)  # of good weights: the data is broken
     if state.phase == Phase.PROBE:
         return advance_probe(config, signals, state, archive) if measured else Orders()
     if is_ramp(state):
@@ -206,7 +213,10 @@ def advance_probe(config: Config, signals: Signals, state: State, archive: Archi
         return Orders(skip=True)
     if state.probe_sum > PROBE_SHIFT * PROBE_STEPS:
         return accept_shift(signals, state, archive)
-    state.aside_slot = NOTHING
+    slot, state.aside_slot = state.aside_slot, NOTHING
+    if state.collapsed:
+        take_statistics(archive[slot], state)  # what the way there has told
+        return start_over(config, state)
     cut(config, Flag(0), state)
     expect_change(signals.loss, False, state)
     return Orders(skip=True)

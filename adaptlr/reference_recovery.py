@@ -60,6 +60,20 @@ def spare_slot(state: State) -> Slot:
     return Slot.SECOND if state.good_slot == Slot.FIRST else Slot.FIRST
 
 
+def follow_peak(config: Config, state: State) -> None:
+    """Where the user has changed the peak, keep the rates that were seen what they are.
+
+    A lower peak needs no cut for what it lowers by itself. A higher one is the user's word against
+    the guard's.
+    """
+    ratio = state.peak / config.peak if state.peak else 1.0
+    for name in ("cut_factor", "ceiling", "trial_factor"):
+        setattr(state, name, min(1.0, getattr(state, name) * max(1.0, ratio)))
+    for name in ("onset_lr", "first_lr", "ramp_lr", "ramp_start", "ramp_limit"):
+        setattr(state, name, getattr(state, name) * ratio)
+    state.peak = config.peak
+
+
 def has_learned(progress: Progress) -> bool:
     """Say whether there was progress that stands out of the noise."""
     return progress.count >= 6 and progress.lowest_evidence > 2
@@ -137,6 +151,11 @@ def rescue(config: Config, failed: float, state: State) -> Orders:
 def failed_lr(state: State) -> float:
     """Return the LR, as a share of the peak, that the run has failed with since its start."""
     return max(state.first_lr, 0.1 * state.cut_factor) if state.restarted else state.first_lr
+
+
+def was_range_test(p: Progress) -> bool:
+    """Say whether the way to a collapse has told which LR is good: it has doubled since."""
+    return not has_learned(p) or p.log_lr - p.lowest_log_lr > math.log(2)
 
 
 def start_over(config: Config, state: State) -> Orders:
@@ -235,13 +254,14 @@ def go_on_as_before(first_step: float, state: State) -> None:
     enter(Phase.REGROW if grows else Phase.RUN, first_step, state)
 
 
-def begin_probe(state: State, archive: Archive) -> Orders:
+def begin_probe(collapsed: bool, state: State, archive: Archive) -> Orders:
     """Look at the losses of the good snapshot: if they are as high, the data has changed."""
     slot, good = spare_slot(state), state.good_slot
     archive[slot] = copy.deepcopy(state)
     take_statistics(archive[good], state)
     state.aside_slot, state.pending_slot = slot, NOTHING
     state.probe_sum = 0.0
+    state.collapsed = float(collapsed)
     enter(Phase.PROBE, state.step + 1, state)
     return Orders(skip=True, save=slot, restore=good)
 

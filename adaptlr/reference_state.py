@@ -205,10 +205,12 @@ class State(Statistics):
     ramp_level: float = 0.0
     ramp_log_lr: float = 0.0
     probe_sum: float = 0.0
+    collapsed: float = 0.0
     aside_slot: Slot = Slot.NO_SLOT
     good_slot: Slot = Slot.NO_SLOT
     pending_slot: Slot = Slot.NO_SLOT
     pending_step: float = 0.0
+    peak: float = 0.0
 
 
 # The states that lie beside the snapshots of Slot.FIRST and Slot.SECOND.

@@ -147,7 +147,7 @@ void define_state(py::module_& module) {
       ceiling, onset_lr, streak, last_alarm, consecutive_skips, consecutive_overflows, skips, cuts,
       restarts, origin_step, restarted, first_lr, ramp_lr, ramp_growth, ramp_start, ramp_limit,
       trial_factor, trial_level, trials, tested, soft_step, ramp_level, ramp_log_lr, probe_sum,
-      aside_slot, good_slot, pending_slot, pending_step);
+      collapsed, aside_slot, good_slot, pending_slot, pending_step, peak);
   fields.insert(fields.end(), rest.begin(), rest.end());
   define_layout<State>(module, "state_dtype", fields);
 }

@@ -138,6 +138,8 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
                                                  Record& record) {
   Decision decision{0.0,     Action::kSkip, outer_flags(config, signals, state),
                     kNoSlot, kNoSlot,       false};
+  if (state.peak != config.peak)
+    follow_peak(config, state);
   const bool failed = is_in(Phase::kFailed, state);
   const double previous_phase = state.phase;
   double scale = failed ? scale_of(state) : 0.0;

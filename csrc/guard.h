@@ -19,13 +19,15 @@ constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
 constexpr int32_t kCollapse = kLost | kAbove;
 
 /// The hard alarms in `flags`, without those of the slow charts while an earlier alarm still echoes
-/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A probe
-/// judges by itself.
+/// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A loss
+/// that is not finite ends a rescue at once; a test has a healthy run to lose. A probe judges by
+/// itself.
 ADAPTLR_HOST_DEVICE inline int32_t audible(const Config& config, int32_t flags,
                                            const State& state) {
   const bool muted = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps;
   const int32_t slow = muted ? static_cast<int32_t>(kDiverge) : kLongAlarms;
-  const int32_t broken = state.fine.count > 0.0 ? static_cast<int32_t>(kNonfinite) : 0;
+  const bool rescue = is_in(Phase::kRescue, state);
+  const int32_t broken = rescue && state.fine.count > 0.0 ? static_cast<int32_t>(kNonfinite) : 0;
   const int32_t heard = is_ramp(state) ? broken : slow;
   return is_in(Phase::kProbe, state) ? 0 : flags & (heard | kCollapse);
 }
@@ -125,10 +127,11 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
     state.cut_factor = state.trial_factor;
   if (is_ramp(state))
     answer_on_ramp(config, state, decision);
-  else if (is_early(config, state) && (state.good_slot == kNoSlot || alarms & kCollapse))
-    start_over(config, state, decision);
   else if (state.good_slot != kNoSlot)
-    begin_probe(archive, state, decision);
+    begin_probe(is_early(config, state) && alarms & kCollapse && was_range_test(state.fine),
+                archive, state, decision);
+  else if (is_early(config, state))
+    start_over(config, state, decision);
   else if (state.level < state.start_level) // what is at hand is still better than the start
     answer_in_place(config, signals, alarms, state, decision);
   else
@@ -159,7 +162,12 @@ ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signal
     accept_shift(signals, archive, state, decision);
     return;
   }
+  const double slot = state.aside_slot;
   state.aside_slot = kNoSlot;
+  if (state.collapsed != 0.0) {
+    static_cast<Statistics&>(state) = archive.of(slot); // what the way there has told
+    return start_over(config, state, decision);
+  }
   cut(config, false, state);
   expect_change(signals.loss, false, state);
 }
@@ -219,8 +227,11 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
                                       const Archive& archive, int32_t flags, const Reading& reading,
                                       State& state, Decision& decision) {
   const bool measured = is_finite(signals.loss) && !(flags & kNonfinite);
-  if (is_in(Phase::kProbe, state))
+  if (is_in(Phase::kProbe, state)) {
+    if (flags & kNonfinite) // of good weights: the data is broken, and the LR is not to blame
+      return return_to_aside(archive, state, decision);
     return measured ? advance_probe(config, signals, archive, state, decision) : void();
+  }
   if (is_ramp(state))
     return measured ? advance_ramp(config, archive, reading, state, decision) : void();
   if (is_in(Phase::kTrial, state))

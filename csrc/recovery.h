@@ -77,6 +77,22 @@ ADAPTLR_HOST_DEVICE inline double relative_lr(const Config& config, double log_l
   return divide(exp(log_lr), config.peak);
 }
 
+/// Where the user has changed the peak: rates that were seen stay what they are, and a lower peak
+/// needs no cut for what it lowers by itself. A higher one is the user's word against the guard's.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void follow_peak(const Config& config, State& state) {
+  const double ratio = state.peak > 0.0 ? divide(state.peak, config.peak) : 1.0;
+  const double relief = larger(1.0, ratio);
+  state.peak = config.peak;
+  state.cut_factor = smaller(1.0, state.cut_factor * relief);
+  state.ceiling = smaller(1.0, state.ceiling * relief);
+  state.trial_factor = smaller(1.0, state.trial_factor * relief);
+  state.onset_lr *= ratio;
+  state.first_lr *= ratio;
+  state.ramp_lr *= ratio;
+  state.ramp_start *= ratio;
+  state.ramp_limit *= ratio;
+}
+
 /// Progress that stands out of the noise.
 ADAPTLR_HOST_DEVICE inline bool has_learned(const Progress& p) {
   return p.count >= kSeenSamples && p.lowest_evidence > kSeenErrors;
@@ -143,6 +159,12 @@ ADAPTLR_HOST_DEVICE inline void rescue(const Config& config, double failed_lr, S
 /// The lr that a run has failed with since its start.
 ADAPTLR_HOST_DEVICE inline double failed_lr(const State& state) {
   return state.restarted == 0.0 ? state.first_lr : larger(state.first_lr, 0.1 * state.cut_factor);
+}
+
+/// Whether the way to a collapse has told which lr is good: it has at least doubled since the
+/// lowest level, or nothing was learned.
+ADAPTLR_HOST_DEVICE inline bool was_range_test(const Progress& p) {
+  return !has_learned(p) || p.log_lr - p.lowest_log_lr > logarithm(kLeastCut);
 }
 
 /// Answers a hard alarm early in a run: back to the start, where the way there has told which lr
@@ -325,7 +347,7 @@ ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& 
 
 /// Puts the newest good snapshot back and looks: if the loss is as high with weights that are known
 /// to be good, the data has changed, and no lr is to blame.
-ADAPTLR_HOST_DEVICE inline void begin_probe(const Archive& archive, State& state,
+ADAPTLR_HOST_DEVICE inline void begin_probe(bool collapsed, const Archive& archive, State& state,
                                             Decision& decision) {
   const double slot = spare_slot(state), good = state.good_slot;
   archive.of(slot) = state;
@@ -333,6 +355,7 @@ ADAPTLR_HOST_DEVICE inline void begin_probe(const Archive& archive, State& state
   state.aside_slot = slot;
   state.pending_slot = kNoSlot;
   state.probe_sum = 0.0;
+  state.collapsed = collapsed ? 1.0 : 0.0;
   enter(Phase::kProbe, state.step + 1.0, state);
   order(static_cast<int32_t>(slot), static_cast<int32_t>(good), decision);
 }

@@ -219,12 +219,14 @@ struct State : Statistics {
   double ramp_level;            // three errors above the lowest of a test that only learned; loss
   double ramp_log_lr;           // its ln lr
   double probe_sum;             // of the probe's clipped scores
+  double collapsed;             // 1: progress was lost early in a run, which the probe explains
   double aside_slot;            // where the state lies that was set aside; a Slot
   double good_slot;             // the newest snapshot that has aged well; a Slot
   double pending_slot;          // the one that still ages; a Slot
   double pending_step;          // when it was taken
+  double peak;                  // config.peak of the last step; 0 before the first
 };
-constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 34;
+constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 36;
 static_assert(sizeof(State) == kStateFields * sizeof(double),
               "a State is a row of a float64 tensor");
 

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from adaptlr.cli.demo_task import MODEL_FOLDER, load_task
 from benchmarks.quality import images, texts
+from benchmarks.quality.digits import digits
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,19 +47,6 @@ def docstrings() -> Arrays:
         "labels": np.concatenate([part.labels.numpy() for part in parts]).astype(np.int16),
         "train": np.arange(held_out, count, dtype=np.int32),
         "held_out": np.arange(held_out, dtype=np.int32),
-    }
-
-
-def digits() -> Arrays:
-    from sklearn.datasets import load_digits
-
-    inputs, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1)).int().numpy()
-    return {
-        "inputs": inputs.reshape(-1, 1, 8, 8).astype(np.uint8),
-        "labels": labels.astype(np.int16),
-        "train": order[:1400],
-        "held_out": order[1400:],
     }
 
 
