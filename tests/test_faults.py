@@ -24,6 +24,7 @@ MOST_LOST_BY_FAULT = {
     "peak x 100, 20 steps": 0.2,
     "a layer x 10": 0.1,
     "one class at first": 0.6,
+    "gradients x 0.001 at first": 0.6,  # SGD: a test wins because the gradients grow during it
 }
 KEEPS_A_CUT = ("one class at first",)  # it ends before there is a good snapshot to ask
 pytestmark = pytest.mark.filterwarnings("ignore:something else")  # writes lr: one of the faults
