@@ -3,6 +3,43 @@
 namespace adaptlr {
 namespace {
 
+double middle(const double* sorted, int n) { return 0.5 * (sorted[(n - 1) / 2] + sorted[n / 2]); }
+
+/// Sorts the `count` newest values of a window, by insertion.
+void sort_newest(const double* window, int newest, int count, double* sorted) {
+  for (int taken = 0; taken < count; ++taken) {
+    const double value = window[newest >= taken ? newest - taken : newest - taken + kDifferences];
+    int at = taken;
+    for (; at > 0 && sorted[at - 1] > value; --at)
+      sorted[at] = sorted[at - 1];
+    sorted[at] = value;
+  }
+}
+
+/// The median of a full window where `near`, between its middle two a step ago, is at most one rank
+/// off: a single pass without branches, a fifth of the time of sorting. Negative where it is not.
+double median_near(const double* window, double near) {
+  constexpr int kHalf = kDifferences / 2;
+  const double none = 1e300;
+  double below = -none, second_below = -none, above = none, second_above = none;
+  int count = 0; // of values below
+  for (int i = 0; i < kDifferences; ++i) {
+    const double value = window[i];
+    const bool is_below = value < near;
+    count += is_below;
+    const double low = is_below ? value : -none, high = is_below ? none : value;
+    second_below = larger(second_below, smaller(below, low));
+    below = larger(below, low);
+    second_above = smaller(second_above, larger(above, high));
+    above = smaller(above, high);
+  }
+  if (count == kHalf)
+    return 0.5 * (below + above);
+  if (count == kHalf + 1)
+    return 0.5 * (second_below + below);
+  return count == kHalf - 1 ? 0.5 * (above + second_above) : -1.0;
+}
+
 /// Puts the difference to the last sample into the window and returns the medians that follow.
 Medians take_difference(double loss, const Progress& p, double* window) {
   if (p.count == 0.0)
@@ -11,20 +48,15 @@ Medians take_difference(double loss, const Progress& p, double* window) {
   window[newest] = fabs(loss - p.previous_loss);
   const int count = static_cast<int>(smaller(p.count, kDifferences));
   double sorted[kDifferences] = {};
-  const auto median = [&sorted](int n) { return 0.5 * (sorted[(n - 1) / 2] + sorted[n / 2]); };
-  Medians medians{0.0, 0.0};
-  for (int taken = 0; taken < count; ++taken) { // insertion, from the newest to the oldest
-    const double value = window[(newest - taken + kDifferences) % kDifferences];
-    int at = taken;
-    for (; at > 0 && sorted[at - 1] > value; --at)
-      sorted[at] = sorted[at - 1];
-    sorted[at] = value;
-    if (taken + 1 == kRecentDifferences)
-      medians.recent = median(kRecentDifferences);
+  const int recent = count < kRecentDifferences ? count : kRecentDifferences;
+  sort_newest(window, newest, recent, sorted);
+  Medians medians{-1.0, middle(sorted, recent)};
+  if (count == kDifferences)
+    medians.window = median_near(window, p.noise / kMedianScale);
+  if (medians.window < 0.0) {
+    sort_newest(window, newest, count, sorted);
+    medians.window = count < kFewDifferences ? sorted[count - 1] / 1.5 : middle(sorted, count);
   }
-  if (count < kRecentDifferences)
-    medians.recent = median(count);
-  medians.window = count < kFewDifferences ? sorted[count - 1] / 1.5 : median(count);
   return medians;
 }
 
