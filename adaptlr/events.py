@@ -14,7 +14,6 @@ from adaptlr.telemetry import Action, Flag, Phase, Slot, action_of, restored_slo
 Row: TypeAlias = npt.NDArray[Any]
 
 ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE | Flag.LOST | Flag.ABOVE
-SOFT_ALARMS = Flag.NO_PROGRESS | Flag.STALL
 
 
 @dataclass(frozen=True)

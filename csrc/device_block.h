@@ -53,7 +53,6 @@ constexpr unsigned kLanes = 32;
 constexpr unsigned kChangedBytes = sizeof(State) + sizeof(PendingLosses) + sizeof(RingCursor);
 constexpr unsigned kStagedBytes = kChangedBytes + sizeof(Ring) + sizeof(Config);
 constexpr unsigned kAccessBytes = kLanes * kVectorBytes; // of the warp
-constexpr unsigned kStores = (kChangedBytes + kAccessBytes - 1) / kAccessBytes;
 constexpr unsigned kLoads = (kStagedBytes + kAccessBytes - 1) / kAccessBytes;
 static_assert(kChangedBytes % kVectorBytes == 0, "what a step changes is stored in whole vectors");
 static_assert(kLoads * kAccessBytes <= sizeof(DeviceBlock), "the last load stays in the block");

@@ -61,7 +61,6 @@ enum class Phase : int32_t {
   kTest,   // a ramp from the start up to the lr in use, with the present state set aside
   kProbe   // the losses of a good snapshot, without an update
 };
-constexpr int kPhases = 9;
 enum class Action : int32_t { kNone, kSkip };
 
 enum Flag : int32_t {
