@@ -147,19 +147,19 @@ void define_state(py::module_& module) {
       ceiling, onset_lr, streak, last_alarm, consecutive_skips, consecutive_overflows, skips, cuts,
       restarts, origin_step, restarted, first_lr, ramp_lr, ramp_growth, ramp_start, ramp_limit,
       trial_factor, trial_level, trials, tested, soft_step, ramp_level, ramp_log_lr, probe_sum,
-      collapsed, aside_slot, good_slot, pending_slot, pending_step, peak);
+      collapsed, aside_slot, good_slot, pending_slot, pending_step, peak, estimate, warmup_start);
   fields.insert(fields.end(), rest.begin(), rest.end());
   define_layout<State>(module, "state_dtype", fields);
 }
 
 void define_layouts(py::module_& module) {
-  define_layout<Config>(module, "config_dtype",
-                        ADAPTLR_FIELDS(Config, total_steps, warmup_steps, min_lr_ratio, decay_share,
-                                       cycles, timescale, final_multiplier, backoff_factor,
-                                       rewarm_steps, hold_steps, regrow_growth,
-                                       max_consecutive_skips, snapshot_slots, snapshot_steps,
-                                       chart_steps, block_steps, sensitivity, max_restarts, peak,
-                                       peaks, group_count, decay, guard_mode, table));
+  define_layout<Config>(
+      module, "config_dtype",
+      ADAPTLR_FIELDS(Config, total_steps, warmup_steps, min_lr_ratio, decay_share, cycles,
+                     timescale, final_multiplier, backoff_factor, rewarm_steps, hold_steps,
+                     regrow_growth, max_consecutive_skips, snapshot_slots, snapshot_steps,
+                     chart_steps, block_steps, sensitivity, max_restarts, search_steps, peak, peaks,
+                     group_count, decay, guard_mode, table));
   define_state(module);
   define_layout<Record>(module, "record_dtype",
                         ADAPTLR_FIELDS(Record, sequence, step, loss, level, scale, slope,

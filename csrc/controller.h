@@ -55,12 +55,17 @@ ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measure
 }
 
 /// The step as the guard left it. An event of the collapse charts shows what they saw.
-ADAPTLR_HOST_DEVICE inline void complete_record(const Decision& decision, const Reading& reading,
-                                                const State& state, Record& record) {
+ADAPTLR_HOST_DEVICE inline void complete_record(const Config& config, const Decision& decision,
+                                                const Reading& reading, const State& state,
+                                                Record& record) {
   if (decision.event && reading.flags) {
     record.level = reading.level;
     record.scale = reading.noise;
     record.rise = reading.rise;
+  }
+  if (decision.flags & (kFarLr | kFound)) {
+    record.rise = config.peak * state.estimate;
+    record.score = state.ramp_log_lr != 0.0 ? exp(state.ramp_log_lr) : 0.0;
   }
   record.lr = state.lr;
   record.factor = state.factor;
@@ -80,7 +85,7 @@ ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, int32_t flags, do
       config.guard_mode != GuardMode::kOff && previous_phase != static_cast<double>(Phase::kFailed);
   const bool answered = (flags & (kNonfinite | kOverflow)) != 0 || state.last_alarm == state.step ||
                         state.phase != previous_phase;
-  return ends || (guarded && answered);
+  return ends || (flags & (kFarLr | kFound)) != 0 || (guarded && answered);
 }
 
 /// ln of the lr of the update that led to this loss; before the first, of the one to come. An lr of
@@ -138,6 +143,7 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
                                                  Record& record) {
   Decision decision{0.0,     Action::kSkip, outer_flags(config, signals, state),
                     kNoSlot, kNoSlot,       false};
+  const bool first = state.peak == 0.0;
   if (state.peak != config.peak)
     follow_peak(config, state);
   const bool failed = is_in(Phase::kFailed, state);
@@ -147,6 +153,8 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
   if (!failed)
     reading = measure(config, signals, differences, state, scale, decision);
   fill_record(signals, !failed && is_finite(signals.loss), scale, state, record);
+  if (first)
+    decision = begin_run(config, signals.loss, state, decision);
   if (!failed)
     guard(config, signals, reading, archive, state, decision);
   if (decision.action == Action::kSkip && config.guard_mode == GuardMode::kAct)
@@ -155,7 +163,7 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
   decision.event = is_event(config, decision.flags, previous_phase, state);
   set_lr(config, signals, state, decision);
   state.step += 1.0;
-  complete_record(decision, reading, state, record);
+  complete_record(config, decision, reading, state, record);
   return decision;
 }
 

@@ -92,7 +92,10 @@ Decision HostController::step(const Signals& signals) {
 
 State resumed(const Config& config, State state) {
   Decision ignored{};
-  if (is_ramp(state))
+  if (is_in(Phase::kSearch, state)) {
+    end_search(config, false, state, ignored);
+    state.warmup_start = state.phase_step = state.step;
+  } else if (is_ramp(state))
     settle(config, Progress{state.fine}, state, ignored);
   else if (is_in(Phase::kProbe, state))
     cut(config, false, state);

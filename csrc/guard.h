@@ -2,7 +2,7 @@
 // came about.
 #pragma once
 
-#include "recovery.h"
+#include "search.h"
 
 namespace adaptlr {
 
@@ -61,7 +61,7 @@ ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, State
   if (drift_only)
     backoff = kDriftBackoff;
   const double failed = failed_factor(config, state);
-  state.cut_factor = larger(kMinFactor, backoff * failed);
+  state.cut_factor = larger(least_factor(config, kMinFactor), backoff * failed);
   state.ceiling = larger(kRegrowLimit * failed, state.cut_factor);
   state.cuts += 1.0;
   enter(Phase::kRewarm, state.step + 1.0, state);
@@ -257,7 +257,9 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void respond(const Config& config, const
                                                      const Archive& archive, int32_t alarms,
                                                      const Reading& reading, State& state,
                                                      Decision& decision) {
-  if (alarms != 0)
+  if (is_in(Phase::kSearch, state))
+    advance_search(config, signals.loss, reading, state, decision);
+  else if (alarms != 0)
     answer_alarm(config, signals, archive, alarms, state, decision);
   else
     go_on(config, signals, archive, decision.flags, reading, state, decision);
@@ -275,7 +277,8 @@ ADAPTLR_HOST_DEVICE inline double rewarmed_factor(const Config& config, const St
 /// Whether lr is anything else than the re-warmed factor x the schedule.
 ADAPTLR_HOST_DEVICE inline bool leaves_schedule(const Config& config, const State& state) {
   return is_in(Phase::kProbe, state) || is_ramp(state) ||
-         (state.restarted != 0.0 && state.step < config.warmup_steps);
+         ((state.restarted != 0.0 || state.warmup_start != 0.0) &&
+          state.step < config.warmup_steps);
 }
 
 /// Multiplier of the peak lr in this step.
@@ -283,6 +286,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double multiplier(const Config& config,
                                                           const State& state) {
   if (is_in(Phase::kProbe, state))
     return 0.0;
+  if (is_in(Phase::kSearch, state))
+    return state.ramp_lr;
   if (is_in(Phase::kRescue, state))
     return smaller(state.ramp_lr, state.ramp_limit);
   const double scheduled = rewarmed_factor(config, state) * own_schedule(config, state);

@@ -18,6 +18,7 @@ constexpr double kRampDivisor = 3.0;
 constexpr double kLeastCut = 2.0;      // of every restart
 constexpr double kLeastSchedule = 0.2; // a restart makes up for this much of the decay
 constexpr double kLeastFactor = 1e-8;
+constexpr double kFarAbove = 10.0;       // the one-gradient estimate
 constexpr double kSeenErrors = 2.0;      // progress that is there
 constexpr double kSureErrors = 4.0;      // even for the lowest of many levels
 constexpr double kSettledSamples = 12.0; // that a level and its noise need to be sure of
@@ -50,7 +51,7 @@ ADAPTLR_HOST_DEVICE inline bool is_in(Phase phase, const State& state) {
 }
 
 ADAPTLR_HOST_DEVICE inline bool is_ramp(const State& state) {
-  return is_in(Phase::kRescue, state) || is_in(Phase::kTest, state);
+  return is_in(Phase::kRescue, state) || is_in(Phase::kTest, state) || is_in(Phase::kSearch, state);
 }
 
 ADAPTLR_HOST_DEVICE inline void enter(Phase phase, double first_step, State& state) {
@@ -67,8 +68,10 @@ ADAPTLR_HOST_DEVICE inline double spare_slot(const State& state) {
   return state.good_slot == kFirst ? kSecond : kFirst;
 }
 
-/// The schedule of this run: a restart takes the place of its warm-up.
+/// The schedule of this run: a restart takes the place of its warm-up, which begins after a search.
 ADAPTLR_HOST_DEVICE inline double own_schedule(const Config& config, const State& state) {
+  if (state.warmup_start > 0.0 && state.restarted == 0.0 && state.step < config.warmup_steps)
+    return divide(state.step - state.warmup_start + 1.0, config.warmup_steps - state.warmup_start);
   const double step = state.restarted != 0.0 ? larger(state.step, config.warmup_steps) : state.step;
   return schedule(config, step);
 }
@@ -81,7 +84,8 @@ ADAPTLR_HOST_DEVICE inline double relative_lr(const Config& config, double log_l
 /// needs no cut for what it lowers by itself. A higher one is the user's word against the guard's.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void follow_peak(const Config& config, State& state) {
   const double ratio = state.peak > 0.0 ? divide(state.peak, config.peak) : 1.0;
-  const double relief = larger(1.0, ratio);
+  const bool searched = config.search_steps >= 0.0 && ratio != 1.0; // what it found is overruled
+  const double relief = searched && !is_in(Phase::kSearch, state) ? kNever : larger(1.0, ratio);
   state.peak = config.peak;
   state.cut_factor = smaller(1.0, state.cut_factor * relief);
   state.ceiling = smaller(1.0, state.ceiling * relief);
@@ -91,6 +95,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void follow_peak(const Config& config, S
   state.ramp_lr *= ratio;
   state.ramp_start *= ratio;
   state.ramp_limit *= ratio;
+  if (state.step > 0.0)
+    state.estimate *= ratio;
 }
 
 /// Progress that stands out of the noise.
@@ -125,14 +131,25 @@ ADAPTLR_HOST_DEVICE inline void return_to_start(Phase phase, State& state, Decis
   order(decision.save, kStart, decision);
 }
 
+/// The least that the guard makes of a factor. What a search has found may be any share of the
+/// typed lr.
+ADAPTLR_HOST_DEVICE inline double least_factor(const Config& config, double least) {
+  return config.search_steps >= 0.0 ? kTiny : least;
+}
+
+/// Whether the first gradient says, too, that the lr is much too high.
+ADAPTLR_HOST_DEVICE inline bool is_far_above(const State& state) {
+  return state.estimate > 0.0 && state.cut_factor > kFarAbove * state.estimate;
+}
+
 /// From kStart with another peak: `lr` is the one that is meant once re-warmed, so what the
 /// schedule has lost by then is made up for.
 ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& state,
                                         Decision& decision) {
   const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
   const double left = larger(kLeastSchedule, schedule(config, resumes));
-  state.cut_factor =
-      larger(kLeastFactor, smaller(divide(lr, left), divide(state.cut_factor, kLeastCut)));
+  state.cut_factor = larger(least_factor(config, kLeastFactor),
+                            smaller(divide(lr, left), divide(state.cut_factor, kLeastCut)));
   state.ceiling = state.cut_factor;
   state.cuts += 1.0;
   state.tested = 0.0;
@@ -170,6 +187,8 @@ ADAPTLR_HOST_DEVICE inline bool was_range_test(const Progress& p) {
 /// Answers a hard alarm early in a run: back to the start, where the way there has told which lr
 /// was good; or else with a ramp to find it.
 ADAPTLR_HOST_DEVICE inline void start_over(const Config& config, State& state, Decision& decision) {
+  if (!has_learned(state.fine) && is_far_above(state))
+    return restart(config, state.estimate, state, decision);
   if (!has_learned(state.fine) && state.tested == 0.0)
     return rescue(config, failed_lr(state), state, decision);
   const double divisor = state.tested != 0.0 ? kRampDivisor : kWarmupDivisor;
@@ -296,7 +315,10 @@ ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive
 ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archive, State& state,
                                       Decision& decision) {
   const Progress p = coarse_progress(config, state);
-  if (state.tested == 0.0) {
+  if (is_far_above(state)) {
+    state.restarts += 1.0;
+    restart(config, state.estimate, state, decision);
+  } else if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
   } else if (lowest_likely(p) > state.ramp_level) {

@@ -42,7 +42,7 @@ ADAPTLR_HOST_DEVICE inline uint64_t turned(uint64_t word, unsigned place) {
 
 ADAPTLR_HOST_DEVICE inline int64_t notices_of(const Record& record, bool event) {
   const bool failed = record.phase == static_cast<int16_t>(Phase::kFailed);
-  return (record.flags & (kEnded | kOverwritten)) | (failed ? kFailedNotice : 0) |
+  return (record.flags & (kEnded | kOverwritten | kFarLr)) | (failed ? kFailedNotice : 0) |
          (event ? kEventNotice : 0);
 }
 

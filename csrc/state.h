@@ -59,7 +59,8 @@ enum class Phase : int32_t {
   kTrial,  // a lower lr, with the weights as they are
   kRescue, // a ramp from the start up to an lr that is known to be too high
   kTest,   // a ramp from the start up to the lr in use, with the present state set aside
-  kProbe   // the losses of a good snapshot, without an update
+  kProbe,  // the losses of a good snapshot, without an update
+  kSearch  // a ramp that looks for the lr, before the run proper
 };
 enum class Action : int32_t { kNone, kSkip };
 
@@ -76,7 +77,9 @@ enum Flag : int32_t {
   kLost = 512,        // the progress made is lost again
   kAbove = 1024,      // the loss is above the first one
   kNoProgress = 2048, // the loss is where it began
-  kStall = 4096       // the loss has stopped falling above its lowest
+  kStall = 4096,      // the loss has stopped falling above its lowest
+  kFarLr = 8192,      // the typed lr is far from the one-gradient estimate
+  kFound = 16384      // the peak was chosen in this step
 };
 
 /// What the user asked for, resolved to numbers. Changes only between steps, at the user's request.
@@ -99,9 +102,10 @@ struct Config {
   double block_steps;           // that a sample of the coarse charts is the mean of; >= 1
   double sensitivity;           // divides the thresholds of the collapse charts; > 0
   double max_restarts;          // rollbacks and experiments that a run may have
-  double peak;                  // the largest of peaks; lr
-  double peaks[kMaxGroups];     // peak lr of every group
-  int64_t group_count;          // of peaks in use
+  double search_steps;      // that a search may take; 0: the estimate alone; -1: the lr is typed
+  double peak;              // the largest of peaks; lr
+  double peaks[kMaxGroups]; // peak lr of every group
+  int64_t group_count;      // of peaks in use
   Decay decay;
   GuardMode guard_mode;
   int64_t table; // address of total_steps doubles, for Decay::kTable
@@ -224,8 +228,11 @@ struct State : Statistics {
   double pending_slot;          // the one that still ages; a Slot
   double pending_step;          // when it was taken
   double peak;                  // config.peak of the last step; 0 before the first
+  double estimate;              // lr / peak that the first gradient suggests; 0: none. Before the
+                                // first step: that lr for a loss of 1
+  double warmup_start;          // the step that followed the search; 0: there was none
 };
-constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 36;
+constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 38;
 static_assert(sizeof(State) == kStateFields * sizeof(double),
               "a State is a row of a float64 tensor");
 
@@ -251,9 +258,9 @@ struct Record {
   double scale;
   double slope;
   double t_statistic;
-  double score;
+  double score; // with kFound: the lr at the lowest level of the ramp; 0: it told nothing
   double cusum;
-  double rise;
+  double rise;      // with kFound and kFarLr: the lr that the first gradient suggests; 0: none
   double grad_norm; // NaN: not given
   double lr;        // of the largest group
   double factor;

@@ -1,0 +1,181 @@
+// The first step, and the search for a learning rate: section 7 of docs/algorithm.md. A search
+// looks at a few losses at a rate that changes nothing, lets the rate grow until the loss has been
+// at its lowest, undoes all of it, and leaves a peak to the run.
+#pragma once
+
+#include "recovery.h"
+
+namespace adaptlr {
+
+constexpr double kFarShare = 10.0;     // from the estimate: a typed lr that is worth a word
+constexpr double kBaselineSteps = 8.0; // losses that the ramp is compared with
+constexpr double kSearchReach = 20.0;  // below the estimate, where a ramp begins
+// Decades that the steps of a search are spread over: 1.3 below the estimate and 2 above it.
+constexpr double kSearchDecades = 3.3;
+constexpr double kLeastDecadeSteps = 8.0; // faster ramps pass the good rates before they show
+constexpr double kMostDecadeSteps = 24.0;
+// Without an estimate a coarse ramp finds the decades worth looking at.
+constexpr double kCoarseDecadeSteps = 4.0;
+constexpr double kCoarseReach = 1e4; // below the typed lr
+constexpr double kCoarseErrors = 6.0;
+constexpr double kCoarseShare = 0.6;               // of the steps of a search
+constexpr double kCoarseBack = 17.782794100389228; // 1.25 decades: what it is late by, and more
+constexpr double kCoarseGrowth = 1.5;              // a step; between those of both ramps
+constexpr double kEstimateDivisor = 1.5;           // of an estimate that no ramp confirms
+constexpr double kNearZero = 3.0;                  // noises: a loss below is no scale
+constexpr double kNoisePerLoss = 30.0;             // what stands for it
+
+ADAPTLR_HOST_DEVICE inline bool is_searched(const Config& config) {
+  return config.search_steps >= 0.0;
+}
+
+/// The rate is held still, so that the losses are those of the start.
+ADAPTLR_HOST_DEVICE inline bool is_baseline(const State& state) { return state.ramp_growth == 1.0; }
+
+ADAPTLR_HOST_DEVICE inline bool is_coarse(const State& state) {
+  return state.ramp_growth > kCoarseGrowth;
+}
+
+/// `start`: where the ramp that follows begins.
+ADAPTLR_HOST_DEVICE inline void begin_baseline(double start, State& state) {
+  state.ramp_start = larger(start, kTiny);
+  state.ramp_lr = divide(state.ramp_start, kRampReach);
+  state.ramp_growth = 1.0;
+}
+
+ADAPTLR_HOST_DEVICE inline void choose(double lr, State& state, Decision& decision) {
+  state.cut_factor = state.ceiling = lr;
+  decision.flags |= kFound;
+}
+
+/// Turns what the first gradient told into a rate, then judges the typed lr by it or searches one.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline Decision begin_run(const Config& config, double loss,
+                                                           State& state, Decision decision) {
+  const bool scaled = is_finite(loss) && (loss > 0.0 || is_searched(config));
+  const bool told = is_finite(state.estimate) && state.estimate > 0.0 && scaled;
+  const double estimate = told ? divide(state.estimate * fabs(loss), config.peak) : 0.0;
+  state.estimate = estimate;
+  if (!is_searched(config)) {
+    const bool far = estimate > kFarShare || estimate * kFarShare < 1.0;
+    decision.flags |= estimate > 0.0 && far ? kFarLr : 0;
+  } else if (config.search_steps > 0.0 && has_snapshots(config)) {
+    begin_baseline(
+        divide(estimate > 0.0 ? estimate : 1.0, estimate > 0.0 ? kSearchReach : kCoarseReach),
+        state);
+    enter(Phase::kSearch, state.step, state);
+  } else {
+    choose(estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0, state, decision);
+  }
+  return decision;
+}
+
+/// From the start again, with a ramp that begins elsewhere.
+ADAPTLR_HOST_DEVICE inline void search_from(double start, State& state, Decision& decision) {
+  state.last_alarm = state.step; // makes it an event
+  return_to_start(Phase::kSearch, state, decision);
+  begin_baseline(start, state);
+}
+
+/// The estimate by the mean of the baseline in place of its first loss; by the noise, where the
+/// loss is too near to zero to be a scale.
+ADAPTLR_HOST_DEVICE inline double refined_estimate(const Progress& p, double estimate) {
+  const bool near_zero = p.fast_level < kNearZero * p.noise;
+  return estimate * divide(near_zero ? kNoisePerLoss * p.noise : p.fast_level, fabs(p.first_loss));
+}
+
+/// Ends the baseline, whose mean takes the place of the first loss.
+ADAPTLR_HOST_DEVICE inline void begin_rise(const Config& config, State& state) {
+  Progress& p = state.fine;
+  if (state.estimate > 0.0 && state.origin_step == 0.0) {
+    state.estimate = refined_estimate(p, state.estimate);
+    state.ramp_start = divide(state.estimate, kSearchReach);
+  }
+  const bool coarse = state.estimate == 0.0 && state.ramp_limit == 0.0;
+  const double left = config.search_steps - state.step - 1.0;
+  const double steps = clamp(divide(left, kSearchDecades), kLeastDecadeSteps, kMostDecadeSteps);
+  state.ramp_lr = state.ramp_start;
+  state.ramp_growth = exp(divide(kLnTen, coarse ? kCoarseDecadeSteps : steps));
+  p.first_loss = p.lowest_level = p.fast_level;
+  p.lowest_variance = level_variance(level_gain(kFastGain, p.count));
+  p.lowest_noise = p.noise * square_root(p.variance_factor);
+  p.lowest_evidence = p.lowest_age = 0.0;
+  p.log_lr = p.lowest_log_lr = logarithm(config.peak * state.ramp_lr);
+}
+
+/// The peak that a search has found: the geometric mean of what the ramp and the gradient say,
+/// whose errors have nothing in common; or that of the two which there is; or the typed one.
+/// `lost`: the last rate was too high.
+ADAPTLR_HOST_DEVICE inline double found_lr(const Config& config, const Progress& p, bool lost,
+                                           const State& state) {
+  const double estimate = state.estimate;
+  const bool rose = !is_baseline(state) && !is_coarse(state);
+  if (rose && has_learned(p)) {
+    const double ramp = divide(relative_lr(config, p.lowest_log_lr), kRampDivisor);
+    return estimate > 0.0 ? square_root(ramp * estimate) : ramp;
+  }
+  const double lr = estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0;
+  return rose && lost ? smaller(lr, divide(relative_lr(config, p.log_lr), kWarmupDivisor)) : lr;
+}
+
+/// The run proper begins with the next step: from the start, with a warm-up up to `warmup_steps`.
+ADAPTLR_HOST_DEVICE inline void end_search(const Config& config, bool lost, State& state,
+                                           Decision& decision) {
+  const Progress p = state.fine;
+  const bool learned = !is_baseline(state) && !is_coarse(state) && has_learned(p);
+  choose(found_lr(config, p, lost, state), state, decision);
+  state.ramp_level = p.lowest_level;
+  state.ramp_log_lr = learned ? p.lowest_log_lr : 0.0;
+  return_to_start(Phase::kRun, state, decision);
+  state.restarted = 0.0;
+  state.warmup_start = state.origin_step;
+}
+
+ADAPTLR_HOST_DEVICE inline void advance_coarse(const Config& config, double loss, bool lost,
+                                               State& state, Decision& decision) {
+  const Progress& p = state.fine;
+  const bool changed = lost || fabs(loss - p.first_loss) > kCoarseErrors * p.noise ||
+                       p.lowest_evidence > kSureErrors;
+  if (changed) {
+    state.ramp_limit = state.ramp_lr;
+    search_from(divide(state.ramp_lr, kCoarseBack), state, decision);
+  } else if (state.step >= kCoarseShare * config.search_steps) {
+    end_search(config, false, state, decision);
+  }
+}
+
+/// A ramp ends half a decade past its lowest level, or where the progress is lost; one that was too
+/// high from the beginning is done again.
+ADAPTLR_HOST_DEVICE inline void advance_rise(const Config& config, bool lost,
+                                             const Reading& reading, State& state,
+                                             Decision& decision) {
+  const Progress& p = state.fine;
+  const double decade_steps = divide(kLnTen, logarithm(state.ramp_growth));
+  const bool passed =
+      has_learned(p) && p.lowest_age + 0.5 >= 0.5 * decade_steps && reading.fast_rise > kRampErrors;
+  const bool early = !has_learned(p) && p.count < kBaselineSteps + kEarlyRamp &&
+                     config.search_steps - state.step > 3.0 * kBaselineSteps;
+  if (lost && early)
+    search_from(divide(state.ramp_start, kRampReach), state, decision);
+  else if (lost || passed)
+    end_search(config, lost, state, decision);
+}
+
+/// One step of a search. One loss that is not finite is skipped; two in a row, on a ramp, mean that
+/// the rate was too high.
+ADAPTLR_HOST_DEVICE inline void advance_search(const Config& config, double loss,
+                                               const Reading& reading, State& state,
+                                               Decision& decision) {
+  const bool broken = (decision.flags & kNonfinite) != 0;
+  const bool lost = broken || (decision.flags & (kLost | kAbove)) != 0;
+  if (state.step + 1.0 >= config.search_steps || !has_snapshots(config))
+    return end_search(config, lost, state, decision);
+  if (broken && (is_baseline(state) || state.consecutive_skips < 2.0))
+    return;
+  if (!is_baseline(state))
+    return is_coarse(state) ? advance_coarse(config, loss, lost, state, decision)
+                            : advance_rise(config, lost, reading, state, decision);
+  if (state.fine.count >= kBaselineSteps)
+    begin_rise(config, state);
+}
+
+} // namespace adaptlr
