@@ -1,6 +1,6 @@
 """adaptlr: a learning-rate controller for any torch optimizer that decides on the device."""
 
-from adaptlr.config import Guard, Schedule
+from adaptlr.config import Guard, Schedule, Search
 from adaptlr.controller import AdaptiveLR
 from adaptlr.errors import TrainingDiverged
 from adaptlr.events import Event
@@ -16,6 +16,7 @@ __all__ = [
     "Guard",
     "Phase",
     "Schedule",
+    "Search",
     "Status",
     "TrainingDiverged",
 ]

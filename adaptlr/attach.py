@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adaptlr.config import ResolvedConfig, require
+from adaptlr.config import Guard, ResolvedConfig, Search, require
 from adaptlr.host_path import HostPath
+from adaptlr.one_gradient import update_family
 
 if TYPE_CHECKING:
     from adaptlr.attachment import Path
@@ -30,15 +31,48 @@ def refuse_unavailable(**arguments: object) -> None:
 def initial_peaks(optimizer: torch.optim.Optimizer, lr: float | str | None) -> list[float]:
     """Return every group's peak; ``lr`` sets that of the largest group, and the ratios stay."""
     peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    if lr is None:
+    if lr is None or lr == "auto":
         return peaks
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
-        raise TypeError(f"lr must be a float or None, got {type(lr).__name__}")
+        raise TypeError(f"lr must be a float, 'auto' or None, got {type(lr).__name__}")
     require(0.0 < lr < float("inf"), "lr", "positive and finite", lr)
     largest = max(peaks)
     if not 0.0 < largest < float("inf"):
         return [lr] * len(peaks)
     return [peak * (lr / largest) for peak in peaks]
+
+
+def resolve_search(
+    optimizer: torch.optim.Optimizer,
+    lr: float | str | None,
+    search: Search | None,
+    guard: Guard | None,
+    snapshot: str,
+) -> Search | None:
+    """Return how the lr is searched for, None where it is typed; refuse what cannot work.
+
+    Without snapshots nothing can be undone, and the first gradient decides alone.
+    """
+    if search is not None and not isinstance(search, Search):
+        raise TypeError(f"search must be a Search or None, got {type(search).__name__}")
+    if lr != "auto":
+        require(search is None, "search", f"None unless lr='auto', with lr={lr!r}", search)
+        return None
+    if guard is None or guard.mode != "act":
+        raise ValueError(
+            f"guard must be one that acts for lr='auto', got {guard!r}: a search ramps the "
+            "learning rate up and takes it back"
+        )
+    search = search or Search()
+    if snapshot == "off":
+        search = Search(steps=0)
+    if search.steps == 0 and update_family(optimizer) is None:
+        raise ValueError(
+            f"lr must be a float for {type(optimizer).__name__} without a ramp, got 'auto': what "
+            "its first gradient says of the learning rate is not known. Leave snapshot and "
+            "Search(steps=...) at their defaults"
+        )
+    return search
 
 
 def first_device(optimizer: torch.optim.Optimizer) -> torch.device:

@@ -24,6 +24,7 @@ from adaptlr.telemetry import Flag, Phase, restored_slot
 
 if TYPE_CHECKING:
     from adaptlr.capturable_path import CapturablePath
+    from adaptlr.first_gradient import FirstGradient
     from adaptlr.fused_path import FusedPath
     from adaptlr.late_float_path import LateFloatPath
     from adaptlr.snapshot import Snapshots
@@ -36,7 +37,7 @@ FAILED: int = _extension.FAILED_NOTICE
 EVENT: int = _extension.EVENT_NOTICE
 _FORGOTTEN_STEPS = 3
 _TOLD_EVENTS = 8
-_TOLD_ONCE = int(Flag.ENDED | Flag.OVERWRITTEN)
+_TOLD_ONCE = int(Flag.ENDED | Flag.OVERWRITTEN | Flag.FAR_LR)
 
 
 class Attachment:
@@ -56,6 +57,7 @@ class Attachment:
         config: ResolvedConfig,
         path: Path,
         snapshots: Snapshots,
+        gradient: FirstGradient,
         on_event: Callable[[Event], Any] | None = None,
     ) -> None:
         """Take ``path`` into service."""
@@ -63,6 +65,7 @@ class Attachment:
         self.config = config
         self.path = path
         self.snapshots = snapshots
+        self._gradient = gradient
         self.failure_told = False
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
@@ -102,6 +105,7 @@ class Attachment:
         """
         path = self.path
         if path.suspended:
+            self._gradient.take(self.start_step)
             return path.skip_suspended()
         if path.count == 0:
             if path.is_capturing():
@@ -109,6 +113,7 @@ class Attachment:
                 return self._answer(path.step_in_graph())
             path.stand_aside()
             return self._note_unobserved()
+        self._gradient.take(self.start_step)
         self.snapshots.prepare(self.start_step)
         code = path.step()
         if code == _extension.NEW_GROUPS:
@@ -203,6 +208,8 @@ class Attachment:
                 "adaptlr's value wins in every step. Remove the other",
                 stacklevel=6,
             )
+        if new & Flag.FAR_LR:
+            warnings.warn(self._far_lr(), stacklevel=6)
         if new & EVENT:
             self._tell_events()
         if new & FAILED:
@@ -227,6 +234,13 @@ class Attachment:
     def _is_over(self) -> bool:
         rows, total_steps = self.path.core.newest(), self.config.total_steps
         return total_steps is not None and len(rows) > 0 and bool(rows["step"][0] >= total_steps)
+
+    def _far_lr(self) -> str:
+        told = next((e.reason for e in self.events() if e.kind == "far_lr"), "the lr is far off")
+        return (
+            f"{told}. The run goes on as asked; lr='auto' searches for a rate, and check_lr=False "
+            "silences this"
+        )
 
     def _other_writer(self) -> str:
         scheduled = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
@@ -341,6 +355,12 @@ def _ended_phase(saved: npt.NDArray[Any], state: npt.NDArray[Any]) -> str:
     """Say if an experiment could not go on for lack of its snapshots."""
     if saved["phase"] == state["phase"]:
         return ""
+    if saved["phase"] == Phase.SEARCH:
+        peak = float(state["cut_factor"] * state["peak"])
+        return (
+            "; the search that was under way needs snapshots, which a checkpoint does not hold: it "
+            f"ends with a peak of {peak:.3g}, from the weights at hand"
+        )
     return (
         f"; the {Phase(int(saved['phase'])).name.lower()} that was under way needs snapshots, "
         "which a checkpoint does not hold: it ends with "

@@ -21,7 +21,7 @@ from adaptlr import _extension
 from adaptlr.telemetry import Phase, Slot
 
 KEY = "adaptlr"
-VERSION = 3
+VERSION = 4
 STATE_FIELDS: tuple[str, ...] = tuple(_extension.state_dtype.names or ())
 _STATE_NUMBERS = _extension.state_dtype.itemsize // 8
 _HEADER = 5

@@ -93,6 +93,38 @@ class Guard:
                 _require_count(name, value, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How ``lr="auto"`` looks for the learning rate: docs/algorithm.md, section 7.
+
+    Args:
+        steps: Steps that it may take at most, 0 or at least 30; ``None``: a tenth of the run, at
+            least 50 and at most 100; a fifth of runs of 200 to 250 steps, and none of shorter ones.
+            With 0 the first gradient alone decides.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.steps is not None:
+            _require_count("steps", self.steps, 0)
+            require(self.steps == 0 or self.steps >= 30, "steps", "0 or at least 30", self.steps)
+
+    def steps_of(self, total_steps: int | None) -> int:
+        """Return the most steps that the search of such a run may take."""
+        if self.steps is not None:
+            return self.steps if total_steps is None else min(self.steps, total_steps // 2)
+        if total_steps is None:
+            return 100
+        if total_steps < 200:
+            return 0
+        return int(min(0.2 * total_steps, max(0.1 * total_steps, 50), 100))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A decay together with its parameters, for ``AdaptiveLR(decay=...)``.
@@ -173,6 +205,7 @@ class ResolvedConfig:
         min_lr_ratio: float,
         guard: Guard | None,
         peaks: Sequence[float],
+        search: Search | None = None,
     ) -> None:
         """Resolve and check the arguments of `AdaptiveLR`."""
         if guard is not None and not isinstance(guard, Guard):
@@ -180,6 +213,7 @@ class ResolvedConfig:
         require(0.0 <= min_lr_ratio <= 1.0, "min_lr_ratio", "in [0, 1]", min_lr_ratio)
         self._warmup = warmup
         self._guard = guard
+        self._search = search
         self._function = decay if callable(decay) else None
         schedule = decay if isinstance(decay, Schedule) else Schedule()
         if isinstance(decay, str):
@@ -192,6 +226,7 @@ class ResolvedConfig:
         self._table: npt.NDArray[np.float64] | None = None
         self.row = np.zeros((), dtype=_extension.config_dtype)
         self.row["min_lr_ratio"] = min_lr_ratio
+        self.row["search_steps"] = -1 if search is None else search.steps_of(total_steps)
         self._set_length(total_steps)
         self.set_peaks(peaks)
 
@@ -204,6 +239,11 @@ class ResolvedConfig:
     def warmup_steps(self) -> int:
         """Steps of linear warm-up."""
         return int(self.row["warmup_steps"])
+
+    @property
+    def search_steps(self) -> int:
+        """Most steps of a search; 0: it takes none; -1: the lr is typed."""
+        return int(self.row["search_steps"])
 
     @property
     def peaks(self) -> list[float]:
@@ -261,7 +301,8 @@ class ResolvedConfig:
                 f"{' and '.join(OPEN_ENDED_DECAYS)} may run without an end"
             )
         if warmup_steps is None:
-            warmup_steps = resolve_warmup(self._warmup, total_steps)
+            warmup_steps = resolve_warmup(self._warmup, total_steps) + max(self.search_steps, 0)
+            warmup_steps = min(warmup_steps, total_steps or warmup_steps)
         row = self.row.copy()
         row["total_steps"] = total_steps or 0
         row["warmup_steps"] = warmup_steps
@@ -285,7 +326,8 @@ class ResolvedConfig:
         guard = self._guard or Guard()
         row["guard_mode"] = GuardMode.OFF if self._guard is None else GuardMode[guard.mode.upper()]
         row["backoff_factor"] = guard.backoff_factor
-        chart_steps = max(float(row["warmup_steps"]), 0.1 * total_steps)
+        own_warmup = float(row["warmup_steps"]) - max(self.search_steps, 0)
+        chart_steps = max(own_warmup, 0.1 * total_steps)
         row["chart_steps"] = chart_steps
         row["block_steps"] = math.ceil(chart_steps / 40) if chart_steps > 100 else 1
         row["sensitivity"] = guard.sensitivity

@@ -13,11 +13,12 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from adaptlr import compiled
-from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable
+from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable, resolve_search
 from adaptlr.attachment import FAILED, Attachment
 from adaptlr.checkpoint import KEY
-from adaptlr.config import Decay, Guard, ResolvedConfig, require
+from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
 from adaptlr.events import Event
+from adaptlr.first_gradient import FirstGradient
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
 from adaptlr.snapshot import Snapshots
@@ -40,7 +41,10 @@ class AdaptiveLR:
         total_steps: Optimizer steps of the run, at least 1; ``None`` only for decays without an end
             (``"constant"``, ``"inverse_sqrt"``).
         lr: Peak of the largest group; the others keep their ratios to it. ``None``: every group's
-            own (its ``initial_lr`` where a scheduler has left one).
+            own (its ``initial_lr`` where a scheduler has left one). ``"auto"``: the first steps
+            look for it and are undone; what the optimizer was given then matters for the groups'
+            ratios only. Needs a guard that acts; without snapshots the first gradient decides
+            alone.
         warmup: Linear warm-up, in steps (int) or as a share of the run (float). Large batches and
             adapters do well with 0.03, full fine-tuning with 0.1.
         decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"``,
@@ -64,7 +68,11 @@ class AdaptiveLR:
             that are back, None if not known; to rewind what is yours. With decisions on a CUDA
             device it is called when the host hears of it, `Status.lag` steps late, and during
             replays of a graph in `check` or `status`.
-        search, check_lr, process_group, recorder: Not available in this version.
+        search: How ``lr="auto"`` goes about it (`Search`).
+        check_lr: Whether the first step compares a typed lr with what the first gradient suggests:
+            one warning if it is more than 10 times off, and a place to restart from if it fails.
+            For optimizers whose steps are known (Adam's and SGD's kin), when they are new.
+        process_group, recorder: Not available in this version.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -97,8 +105,8 @@ class AdaptiveLR:
         guard: Guard | None = Guard(),  # noqa: B008 (frozen)
         device_path: Literal["auto", "fused", "capturable", "float"] = "auto",
         history_size: int = 65536,
-        search: None = None,
-        check_lr: Literal[False] = False,
+        search: Search | None = None,
+        check_lr: bool = True,
         snapshot: Literal["auto", "device", "host", "off"] = "auto",
         model: torch.nn.Module | None = None,
         on_event: Callable[[Event], Any] | None = None,
@@ -107,13 +115,7 @@ class AdaptiveLR:
         recorder: None = None,
     ) -> None:
         """Check everything, then attach."""
-        refuse_unavailable(
-            lr=lr if lr == "auto" else None,
-            search=search,
-            check_lr=check_lr or None,
-            process_group=process_group,
-            recorder=recorder,
-        )
+        refuse_unavailable(process_group=process_group, recorder=recorder)
         self._optimizer = unwrap(optimizer)
         if self._optimizer in _attached:
             raise RuntimeError(
@@ -135,11 +137,15 @@ class AdaptiveLR:
             min_lr_ratio=min_lr_ratio,
             guard=guard,
             peaks=initial_peaks(self._optimizer, lr),
+            search=resolve_search(self._optimizer, lr, search, guard, snapshot),
         )
         self._history_size = history_size
         self._path = choose_path(self._optimizer, config, history_size, device_path)
         snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
-        self._attachment = Attachment(self._optimizer, config, self._path, snapshots, on_event)
+        gradient = FirstGradient(self._optimizer, config, self._path, check_lr)
+        self._attachment = Attachment(
+            self._optimizer, config, self._path, snapshots, gradient, on_event
+        )
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
@@ -298,6 +304,8 @@ class AdaptiveLR:
 
     def set_peak(self, lr: float) -> None:
         """Set the peak of the largest group, from the next step on; the others keep their ratios.
+
+        It takes the place of one that a search has found; during a search it has no effect.
 
         Raises:
             ValueError: if ``lr`` is not positive and finite.

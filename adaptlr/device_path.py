@@ -209,6 +209,12 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
         raw = self._block[offset : offset + size].cpu().numpy()
         return np.array(raw.view(_extension.state_dtype)[0])
 
+    def tell_estimate(self, estimate: torch.Tensor) -> None:
+        """Hand over what the first gradient told, before the first step."""
+        _, offset = _extension.state_dtype.fields["estimate"][:2]  # type: ignore[index]
+        begin = _extension.STATE_OFFSET + int(offset)
+        self._block[begin : begin + 8].view(torch.float64)[0].copy_(estimate)
+
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the device; set the rates that follow."""
         self.core.configure(self._stream(self._index), self._device_config(), state)

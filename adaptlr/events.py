@@ -25,10 +25,12 @@ class Event:
         kind: ``"skip"``, ``"overflow"``, ``"alarm"`` (noticed, not acted on), ``"cut"``,
             ``"restart"``, ``"rescue"``, ``"trial"``, ``"kept"``, ``"test"``, ``"undone"``,
             ``"probe"``, ``"shift"``, ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``,
-            ``"ended"``, ``"resume"``, ``"extend"`` or ``"set_peak"``.
+            ``"far_lr"``, ``"search"``, ``"found"``, ``"ended"``, ``"resume"``, ``"extend"`` or
+            ``"set_peak"``.
         reason: One sentence with the numbers.
         lr: Learning rate of the largest group in that step.
-        factor: What the guard multiplies the scheduled rate by, once re-warmed.
+        factor: What the guard multiplies the scheduled rate by, once re-warmed; after a search, the
+            rate that was found.
     """
 
     step: int
@@ -40,8 +42,11 @@ class Event:
 
 def make_events(rows: Iterable[Row]) -> list[Event]:
     """Turn the records of the event ring, oldest first, into events."""
-    events, factor = [], 1.0
+    events, factor, found = [], 1.0, 1.0
     for row in rows:
+        if Flag(int(row["flags"])) & Flag.FOUND:
+            found = float(row["target_factor"])
+        row = _relative(row, found)
         kind = _kind(row, factor)
         target = float(row["target_factor"])
         reason = _REASONS[kind](row, factor)
@@ -50,7 +55,18 @@ def make_events(rows: Iterable[Row]) -> list[Event]:
     return events
 
 
+def _relative(row: Row, found: float) -> Row:
+    """Return a record whose factors are shares of the one that a search has found."""
+    if found == 1.0:
+        return row
+    row = row.copy()
+    for name in ("factor", "target_factor"):
+        row[name] /= found
+    return row
+
+
 _ENTERED = {
+    Phase.SEARCH: "search",
     Phase.RESCUE: "rescue",
     Phase.TRIAL: "trial",
     Phase.TEST: "test",
@@ -66,6 +82,8 @@ def _kind(row: Row, factor: float) -> str:
     flags, phase = Flag(int(row["flags"])), Phase(int(row["phase"]))
     previous = Phase(int(row["previous_phase"]))
     restored = restored_slot(row)
+    if flags & (Flag.FOUND | Flag.FAR_LR):
+        return "found" if flags & Flag.FOUND else "far_lr"
     if phase in _ENTERED and (phase != previous or restored):
         return _ENTERED[phase]
     if phase is Phase.REWARM and restored:
@@ -160,6 +178,44 @@ def _shift(row: Row, _: float) -> str:
     return f"{what}; the state set aside is back, and nothing is cut"
 
 
+def _far_lr(row: Row, _: float) -> str:
+    typed, suggested = float(row["score"]), float(row["rise"])
+    times = max(typed / suggested, suggested / typed)
+    return (
+        f"lr={typed:.3g} is {times:.0f} times {'above' if typed > suggested else 'below'} what the "
+        f"first gradient suggests, about {suggested:.2g}"
+    )
+
+
+def _search(row: Row, _: float) -> str:
+    if restored_slot(row):
+        what = _seen(row) or "the loss has begun to change"
+        return f"{what}; {_restored(row)}, and another ramp begins lower"
+    return (
+        f"looking for a learning rate: a few losses at {float(row['lr']):.2g}, where nothing "
+        "changes, then it grows"
+    )
+
+
+def _found(row: Row, _: float) -> str:
+    peak, suggested, lowest = (float(row[name]) for name in ("score", "rise", "cusum"))
+    gradient = f"the first gradient suggests {suggested:.2g}" if suggested else ""
+    if not lowest and not suggested:
+        return f"no learning rate has changed the loss clearly; the one given, {peak:.3g}, stays"
+    if not lowest:
+        flat = "no ramp confirms it" if restored_slot(row) else "there was no room for a ramp"
+        return f"{gradient} and {flat}; peak set to {peak:.3g}, somewhat lower"
+    ramp = f"on the ramp the loss was lowest, {float(row['level']):.4g}, at lr {lowest:.2g}"
+    if not suggested:
+        return f"{ramp}; {_restored(row)}, peak set to {peak:.3g}"
+    # The peak is the geometric mean of the two.
+    apart = max(peak / suggested, suggested / peak) ** 2
+    return (
+        f"{ramp}, which suggests {peak**2 / suggested:.2g}; {gradient}, a factor of {apart:.1f} "
+        f"apart; {_restored(row)}, peak set to {peak:.3g}"
+    )
+
+
 def _failed(row: Row, factor: float) -> str:
     flags = Flag(int(row["flags"]))
     if flags & Flag.OVERFLOW:
@@ -207,6 +263,9 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
         f"{_seen(row)}; {_restored(row)} to see, without an update, whether the loss is lower there"
     ),
     "shift": _shift,
+    "far_lr": _far_lr,
+    "search": _search,
+    "found": _found,
     "failed": _failed,
     "hold": lambda row, _: f"re-warmed to {float(row['factor']):.3g} of the schedule; holding",
     "regrow": lambda row, _: "the loss has been quiet; the learning rate grows again",

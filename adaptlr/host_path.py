@@ -122,6 +122,12 @@ class HostPath(_extension.HostLoop, Pending):
         factor = float(self.core.state["factor"])
         self._set([peak * (factor * multiplier) for peak in self._config.peaks])
 
+    def tell_estimate(self, estimate: torch.Tensor) -> None:
+        """Hand over what the first gradient told, before the first step."""
+        state = self.core.state
+        state["estimate"] = estimate.item()
+        self.core.state = state
+
     def _overflow(self) -> bool:
         """Whether GradScaler, which tells fused optimizers only, found an infinite gradient."""
         found_inf = self._optimizer.__dict__.get("found_inf")

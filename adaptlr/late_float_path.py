@@ -49,7 +49,8 @@ class LateFloatPath(DevicePath):
                 "freeze: leave optimizer.step() out of the capture, or take an optimizer that "
                 "reads lr on the device (docs/optimizers.md)"
             )
-        self.core.wait(LATE_FLOAT_LAG)
+        # A search goes back to the start: its last rate, the highest, must not be applied there.
+        self.core.wait(1 if self._clock <= self._config.search_steps else LATE_FLOAT_LAG)
         self._factor = self.core.factor
         overwritten = any(
             group["lr"] is not lr for group, lr in zip(groups, self._written, strict=True)

@@ -32,6 +32,7 @@ from adaptlr.reference_guard import guard, multiplier, rewarmed_factor
 from adaptlr.reference_progress import Reading, watch_progress
 from adaptlr.reference_recovery import Orders, follow_peak, is_ramp
 from adaptlr.reference_schedule import last_multiplier, schedule
+from adaptlr.reference_search import begin_run
 from adaptlr.reference_state import (
     Action,
     Archive,
@@ -91,14 +92,19 @@ def control_step(
         archive: The states beside the snapshots; the same from step to step. Needed where there
             are snapshots.
     """
+    is_first = not state.peak
     if state.peak != config.peak:
         follow_peak(config, state)
     measurement, reading = measure(config, signals, state)
     flags = measurement.flags
     record = record_before_guard(signals, measurement, state)
+    if is_first:
+        flags |= begin_run(config, signals, state)
     orders = Orders(skip=True)
     if state.phase != Phase.FAILED:
-        orders = guard(config, signals, flags, reading, state, {} if archive is None else archive)
+        archive = {} if archive is None else archive
+        orders, found = guard(config, signals, flags, reading, state, archive)
+        flags |= found
     if orders.skip and config.guard_mode == GuardMode.ACT:
         state.skips += 1
     event = is_event(config, flags, record.previous_phase, state)
@@ -106,7 +112,7 @@ def control_step(
     state.step += 1
     action = Action.SKIP if orders.skip else Action.NONE
     decision = Decision(share, action, flags, orders.save, orders.restore, event)
-    return decision, record_after_guard(decision, reading, record, state)
+    return decision, record_after_guard(config, decision, reading, record, state)
 
 
 def record_before_guard(signals: Signals, measurement: Measurement, state: State) -> Record:
@@ -133,16 +139,22 @@ def record_before_guard(signals: Signals, measurement: Measurement, state: State
 
 
 def record_after_guard(
-    decision: Decision, reading: Reading, record: Record, state: State
+    config: Config, decision: Decision, reading: Reading, record: Record, state: State
 ) -> Record:
     """Add what was done about it; an event of the collapse charts shows what they saw."""
     if decision.event and reading.flags:
         record = record._replace(level=reading.level, scale=reading.noise, rise=reading.rise)
+    if decision.flags & (Flag.FAR_LR | Flag.FOUND):
+        chosen, suggested = config.peak * state.cut_factor, config.peak * state.estimate
+        record = record._replace(score=chosen, rise=suggested, cusum=0.0)
+        if state.ramp_log_lr:
+            record = record._replace(cusum=math.exp(state.ramp_log_lr), level=state.ramp_level)
     return record._replace(
         lr=state.lr,
         factor=state.factor,
         target_factor=state.cut_factor,
         phase=state.phase,
+        flags=decision.flags,
         action=decision.action | decision.save << 4 | decision.restore << 8,
     )
 
@@ -150,6 +162,8 @@ def record_after_guard(
 def is_event(config: Config, flags: Flag, previous_phase: Phase, state: State) -> bool:
     """Say whether the step belongs among the events: something was done, or would have been."""
     if flags & Flag.ENDED and state.step == config.total_steps:
+        return True
+    if flags & (Flag.FAR_LR | Flag.FOUND):
         return True
     if config.guard_mode == GuardMode.OFF or previous_phase == Phase.FAILED:
         return False
@@ -213,8 +227,9 @@ def set_lr(config: Config, signals: Signals, orders: Orders, state: State) -> fl
 
 def leaves_schedule(config: Config, state: State) -> bool:
     """Say whether the LR is another than the re-warmed factor times the schedule."""
-    restarts_in_warmup = state.restarted and state.step < config.warmup_steps
-    return state.phase == Phase.PROBE or is_ramp(state) or bool(restarts_in_warmup)
+    another_warmup = state.restarted or state.warmup_start
+    is_warming = bool(another_warmup) and state.step < config.warmup_steps
+    return state.phase == Phase.PROBE or is_ramp(state) or is_warming
 
 
 # Runs.
@@ -286,6 +301,7 @@ def default_config(total_steps: int, peak: float, **overrides: Any) -> Config:
         block_steps=math.ceil(chart_steps / 40) if chart_steps > 100 else 1,
         sensitivity=1.0,
         max_restarts=8,
+        search_steps=-1,
         peak=peak,
         peaks=(peak,),
         group_count=1,

@@ -17,6 +17,7 @@ from adaptlr.reference_recovery import (
     enter,
     experiment,
     is_ramp,
+    least_factor,
     may_experiment,
     return_to_aside,
     spare_slot,
@@ -25,6 +26,7 @@ from adaptlr.reference_recovery import (
     was_range_test,
 )
 from adaptlr.reference_schedule import own_schedule, schedule
+from adaptlr.reference_search import advance_search
 from adaptlr.reference_state import (
     Archive,
     Config,
@@ -47,27 +49,34 @@ PROBE_STEPS, PROBE_SHIFT = 8, 1.2  # mean score of a probe that tells of other d
 
 def guard(
     config: Config, signals: Signals, flags: Flag, reading: Reading, state: State, archive: Archive
-) -> Orders:
-    """Answer the flags of this step: move the phase and the factor, give the orders."""
+) -> tuple[Orders, Flag]:
+    """Answer the flags of this step: move the phase and the factor, give the orders.
+
+    Returns:
+        The orders, and FOUND if a search has ended.
+    """
+    found = Flag(0)
     alarms = audible(config, flags, state)
     track_onset(config, signals, alarms, state)
     acts = config.guard_mode == GuardMode.ACT
     broken = Flag.OVERFLOW | (Flag.NONFINITE if acts else Flag(0))
     count_skips(config, flags, state)
     if state.consecutive_overflows >= OVERFLOW_LIMIT:
-        return fail(state)
+        return fail(state), found
     if state.consecutive_skips > config.max_consecutive_skips:
         if not config.snapshot_slots or not state.first_lr:
-            return fail(state)  # there is nothing to undo
+            return fail(state), found  # there is nothing to undo
         alarms |= Flag.NONFINITE
         state.consecutive_skips = state.consecutive_overflows = 0.0
     if config.guard_mode == GuardMode.OFF:
         orders = Orders()
+    elif state.phase == Phase.SEARCH:
+        orders, found = advance_search(config, signals, flags, reading, state)
     elif alarms:
         orders = answer_alarm(config, signals, alarms, state, archive)
     else:
         orders = go_on(config, signals, flags, reading, state, archive)
-    return orders._replace(skip=orders.skip or bool(flags & broken))
+    return orders._replace(skip=orders.skip or bool(flags & broken)), found
 
 
 def audible(config: Config, flags: Flag, state: State) -> Flag:
@@ -167,7 +176,7 @@ def cut(config: Config, alarms: Flag, state: State) -> None:
         backoff = 0.7
     multiplier = schedule(config, max(state.step + config.rewarm_steps, config.warmup_steps))
     failed = min(state.cut_factor, state.onset_lr / multiplier) if multiplier else state.cut_factor
-    state.cut_factor = max(1e-4, backoff * failed)
+    state.cut_factor = max(least_factor(config, 1e-4), backoff * failed)
     state.ceiling = max(0.7 * failed, state.cut_factor)
     enter(Phase.REWARM, state.step + 1, state)
     state.cuts += 1
@@ -287,6 +296,8 @@ def multiplier(config: Config, state: State) -> float:
     """Return what the peak is multiplied by in this step."""
     if state.phase == Phase.PROBE:
         return 0.0
+    if state.phase == Phase.SEARCH:
+        return state.ramp_lr
     if state.phase == Phase.RESCUE:
         return min(state.ramp_lr, state.ramp_limit)
     scheduled = rewarmed_factor(config, state) * own_schedule(config, state)

@@ -52,7 +52,7 @@ def enter(phase: Phase, first_step: float, state: State) -> None:
 
 def is_ramp(state: State) -> bool:
     """Say whether the LR grows by itself, up from far below."""
-    return state.phase in (Phase.RESCUE, Phase.TEST)
+    return state.phase in (Phase.RESCUE, Phase.TEST, Phase.SEARCH)
 
 
 def spare_slot(state: State) -> Slot:
@@ -64,13 +64,18 @@ def follow_peak(config: Config, state: State) -> None:
     """Where the user has changed the peak, keep the rates that were seen what they are.
 
     A lower peak needs no cut for what it lowers by itself. A higher one is the user's word against
-    the guard's.
+    the guard's. After a search any peak is: it takes the place of the one that was found.
     """
     ratio = state.peak / config.peak if state.peak else 1.0
+    relief = max(1.0, ratio)
+    if config.search_steps >= 0 and ratio != 1 and state.phase != Phase.SEARCH:
+        relief = NEVER
     for name in ("cut_factor", "ceiling", "trial_factor"):
-        setattr(state, name, min(1.0, getattr(state, name) * max(1.0, ratio)))
+        setattr(state, name, min(1.0, getattr(state, name) * relief))
     for name in ("onset_lr", "first_lr", "ramp_lr", "ramp_start", "ramp_limit"):
         setattr(state, name, getattr(state, name) * ratio)
+    if state.step:
+        state.estimate *= ratio
     state.peak = config.peak
 
 
@@ -125,11 +130,22 @@ def return_to_start(phase: Phase, state: State) -> Orders:
     return Orders(skip=True, restore=Slot.START)
 
 
+def least_factor(config: Config, least: float) -> float:
+    """Return the least factor: what a search has found may be any share of the typed LR."""
+    return least if config.search_steps < 0 else 1e-30
+
+
+def is_far_above(state: State) -> bool:
+    """Say whether the first gradient, too, calls the LR much too high."""
+    return bool(state.estimate) and state.cut_factor > 10 * state.estimate
+
+
 def restart(config: Config, lr: float, state: State) -> Orders:
     """Go back to the start for an LR that holds once re-warmed, at most half of the present one."""
     resumes = max(state.step + config.rewarm_steps, config.warmup_steps)
     wanted = lr / max(0.2, schedule(config, resumes))
-    state.cut_factor = state.ceiling = max(1e-8, min(wanted, state.cut_factor / 2))
+    least = least_factor(config, 1e-8)
+    state.cut_factor = state.ceiling = max(least, min(wanted, state.cut_factor / 2))
     state.cuts += 1
     state.tested = state.soft_step = 0.0
     return return_to_start(Phase.REWARM, state)
@@ -160,6 +176,8 @@ def was_range_test(p: Progress) -> bool:
 
 def start_over(config: Config, state: State) -> Orders:
     """Answer a hard alarm near the start: the way there may have told which LR was good."""
+    if is_far_above(state) and not has_learned(state.fine):
+        return restart(config, state.estimate, state)
     if not state.tested and not has_learned(state.fine):
         return rescue(config, failed_lr(state), state)
     divisor = RAMP_DIVISOR if state.tested else WARMUP_DIVISOR
@@ -289,6 +307,9 @@ def experiment(
 
 def doubt(config: Config, state: State, archive: Archive) -> Orders:
     """Test once; later on, take what the test's ramp had reached if the run has got worse."""
+    if is_far_above(state):
+        state.restarts += 1
+        return restart(config, state.estimate, state)
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)

@@ -44,7 +44,13 @@ def half_cosine(x: float) -> float:
 
 
 def own_schedule(config: Config, state: State) -> float:
-    """Return the multiplier of this run: a restart's re-warming takes the place of the warm-up."""
+    """Return the multiplier of this run: a restart's re-warming takes the place of the warm-up.
+
+    After a search the warm-up begins where that ended.
+    """
+    start = state.warmup_start
+    if start and not state.restarted and state.step < config.warmup_steps:
+        return (state.step - start + 1) / (config.warmup_steps - start)
     step = max(state.step, config.warmup_steps) if state.restarted else state.step
     return schedule(config, step)
 

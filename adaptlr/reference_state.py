@@ -26,7 +26,7 @@ class GuardMode(enum.IntEnum):
 class Phase(enum.IntEnum):
     """Where the guard is between an alarm or an experiment and its end."""
 
-    RUN, REWARM, HOLD, REGROW, FAILED, TRIAL, RESCUE, TEST, PROBE = range(9)
+    RUN, REWARM, HOLD, REGROW, FAILED, TRIAL, RESCUE, TEST, PROBE, SEARCH = range(10)
 
 
 class Slot(enum.IntEnum):
@@ -47,7 +47,7 @@ class Flag(enum.IntFlag):
     NONFINITE, SPIKE, DIVERGE, DRIFT, WORSE, OVERFLOW, OVERWRITTEN, ENDED, NORM_SPIKE = (
         1 << i for i in range(9)
     )
-    LOST, ABOVE, NO_PROGRESS, STALL = (1 << i for i in range(9, 13))
+    LOST, ABOVE, NO_PROGRESS, STALL, FAR_LR, FOUND = (1 << i for i in range(9, 15))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Config:
     block_steps: float
     sensitivity: float
     max_restarts: float
+    search_steps: float
     peak: float
     peaks: tuple[float, ...]
     group_count: int
@@ -211,6 +212,8 @@ class State(Statistics):
     pending_slot: Slot = Slot.NO_SLOT
     pending_step: float = 0.0
     peak: float = 0.0
+    estimate: float = 0.0
+    warmup_start: float = 0.0
 
 
 # The states that lie beside the snapshots of Slot.FIRST and Slot.SECOND.

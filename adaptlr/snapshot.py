@@ -104,6 +104,8 @@ class Snapshots:
         path = self._path
         if path.prepares:
             path.prepares = False
+            if not self.wanted:
+                return
             if not path.is_capturing():
                 self.begin(step)
             elif self.slots == 0:

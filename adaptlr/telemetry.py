@@ -24,6 +24,7 @@ class Phase(IntEnum):
     RESCUE = 6
     TEST = 7
     PROBE = 8
+    SEARCH = 9
 
 
 class Action(IntEnum):
@@ -76,6 +77,8 @@ class Flag(IntFlag):
     ABOVE = 1024
     NO_PROGRESS = 2048
     STALL = 4096
+    FAR_LR = 8192
+    FOUND = 16384
 
 
 @dataclass(frozen=True)

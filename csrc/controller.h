@@ -64,8 +64,11 @@ ADAPTLR_HOST_DEVICE inline void complete_record(const Config& config, const Deci
     record.rise = reading.rise;
   }
   if (decision.flags & (kFarLr | kFound)) {
+    const bool learned = state.ramp_log_lr != 0.0;
+    record.score = config.peak * state.cut_factor;
     record.rise = config.peak * state.estimate;
-    record.score = state.ramp_log_lr != 0.0 ? exp(state.ramp_log_lr) : 0.0;
+    record.cusum = learned ? exp(state.ramp_log_lr) : 0.0;
+    record.level = learned ? state.ramp_level : record.level;
   }
   record.lr = state.lr;
   record.factor = state.factor;

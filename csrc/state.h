@@ -249,7 +249,9 @@ struct Decision {
   bool event;      // something was done, or would have been: the record belongs among the events
 };
 
-/// One line of the flight record. 128 bytes: a whole number of cache lines.
+/// One line of the flight record. 128 bytes: a whole number of cache lines. With kFarLr and kFound
+/// `score` is the peak, `rise` the one that the first gradient suggests, and `cusum` the lr at the
+/// lowest level of the ramp, which is `level` then; 0: there is none.
 struct Record {
   int64_t sequence; // counts records from 1; 0: never written
   int64_t step;     // t
@@ -258,9 +260,9 @@ struct Record {
   double scale;
   double slope;
   double t_statistic;
-  double score; // with kFound: the lr at the lowest level of the ramp; 0: it told nothing
+  double score;
   double cusum;
-  double rise;      // with kFound and kFarLr: the lr that the first gradient suggests; 0: none
+  double rise;
   double grad_norm; // NaN: not given
   double lr;        // of the largest group
   double factor;

@@ -1,0 +1,58 @@
+"""What the first gradient tells the control step: the rate that it suggests for a loss of 1.
+
+The step itself multiplies that by its loss, so nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from adaptlr.config import ResolvedConfig
+from adaptlr.one_gradient import gradient_sum, update_family
+
+if TYPE_CHECKING:
+    from adaptlr.attachment import Path
+
+
+class FirstGradient:
+    """Takes the estimate once, between the first backward and the first update.
+
+    Only of an optimizer whose family is known and that has no state yet: a run that goes on from
+    elsewhere is past the point that the estimate is about. In front of a CUDA graph it is taken in
+    the first suspended step; within a capture, never.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: ResolvedConfig,
+        path: Path,
+        checks: bool,
+    ) -> None:
+        """Ask to be called before the first step, if there is something to be told."""
+        self._optimizer = optimizer
+        self._config = config
+        self._path = path
+        wanted = checks or config.search_steps >= 0
+        self._family = update_family(optimizer) if wanted else None
+        if self._family is not None:
+            path.prepares = True
+
+    def take(self, step: int) -> None:
+        """Tell the path, unless it was told before or there is nothing to tell.
+
+        Args:
+            step: Steps taken before this controller's first.
+        """
+        if self._family is None or self._path.is_capturing():
+            return
+        family, self._family = self._family, None
+        if step or any(self._optimizer.state.values()):
+            return
+        peaks = self._config.peaks
+        ratios = [peak / max(peaks) for peak in peaks]
+        ratios += [1.0] * (len(self._optimizer.param_groups) - len(peaks))
+        total = gradient_sum(self._optimizer, family, ratios)
+        self._path.tell_estimate(family.relative_change / total)
