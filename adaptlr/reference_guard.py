@@ -140,7 +140,7 @@ def answer_alarm(
     if state.phase == Phase.TRIAL:
         state.cut_factor = state.trial_factor
     if is_ramp(state):
-        return answer_on_ramp(config, state)
+        return answer_on_ramp(config, state, archive)
     if state.good_slot:
         collapsed = is_early(config, state) and bool(alarms & COLLAPSE)
         return begin_probe(collapsed and was_range_test(state.fine), state, archive)

@@ -111,9 +111,9 @@ def highest_likely(progress: Progress) -> float:
     return progress.lowest_level + TEST_ERRORS * error
 
 
-def lowest_likely(progress: Progress) -> float:
+def lowest_likely(progress: Progress, variance_factor: float) -> float:
     """Return three standard errors below the present level."""
-    variance = progress.variance_factor * variance_of(FAST_GAIN, progress)
+    variance = variance_factor * variance_of(FAST_GAIN, progress)
     return progress.fast_level - TEST_ERRORS * progress.noise * math.sqrt(variance)
 
 
@@ -138,6 +138,19 @@ def least_factor(config: Config, least: float) -> float:
 def is_far_above(state: State) -> bool:
     """Say whether the first gradient, too, calls the LR much too high."""
     return bool(state.estimate) and state.cut_factor > 10 * state.estimate
+
+
+def is_vouched(state: State) -> bool:
+    """Say whether the first gradient speaks for the LR: a loss that has fallen may stand still."""
+    return state.cut_factor <= 3 * state.estimate
+
+
+def agreed(lr: float, state: State) -> float:
+    """Return the geometric mean of an LR that was found and of the estimate, if there is one.
+
+    One gradient may be an odd one: it counts as at most a decade off.
+    """
+    return math.sqrt(lr * min(max(state.estimate, lr / 10), 10 * lr)) if state.estimate else lr
 
 
 def restart(config: Config, lr: float, state: State) -> Orders:
@@ -181,22 +194,29 @@ def start_over(config: Config, state: State) -> Orders:
     if not state.tested and not has_learned(state.fine):
         return rescue(config, failed_lr(state), state)
     divisor = RAMP_DIVISOR if state.tested else WARMUP_DIVISOR
-    return restart(config, relative(config, state.fine.lowest_log_lr) / divisor, state)
+    lr = relative(config, state.fine.lowest_log_lr) / divisor
+    return restart(config, agreed(lr, state), state)
+
+
+def restart_below(config: Config, log_lr: float, state: State) -> Orders:
+    """Restart at an LR that holds, where a ramp had its lowest level at this one."""
+    return restart(config, agreed(relative(config, log_lr) / RAMP_DIVISOR, state), state)
 
 
 def settle(config: Config, progress: Progress, state: State) -> Orders:
     """End a ramp: below the LR of the lowest level, or well below one that brought nothing."""
     if has_learned(progress):
-        lr = relative(config, progress.lowest_log_lr) / RAMP_DIVISOR
-    else:
-        lr = relative(config, progress.log_lr) / WARMUP_DIVISOR
-    return restart(config, lr, state)
+        return restart_below(config, progress.lowest_log_lr, state)
+    lr = relative(config, progress.log_lr) / WARMUP_DIVISOR
+    return restart(config, min(lr, state.estimate or lr), state)
 
 
-def answer_on_ramp(config: Config, state: State) -> Orders:
+def answer_on_ramp(config: Config, state: State, archive: Archive) -> Orders:
     """Answer a hard alarm on a ramp; one that comes at once means that the ramp began too high."""
     if state.fine.count < 12 and not has_learned(state.fine):
         return rescue(config, state.ramp_start, state)
+    if state.phase == Phase.TEST and has_learned(coarse_progress(config, state)):
+        return end_test(config, state, archive)
     return settle(config, state.fine, state)
 
 
@@ -241,9 +261,10 @@ def end_test(config: Config, state: State, archive: Archive) -> Orders:
     error = level_error(progress.lowest_noise)
     lower = progress.lowest_level < before.lowest_level - TEST_ERRORS * error
     settled = progress.count - progress.lowest_age >= SETTLED_SAMPLES
-    better = settled and highest_likely(progress) < lowest_likely(before)
+    factor = min(progress.variance_factor, before.variance_factor)
+    better = settled and highest_likely(progress) < lowest_likely(before, factor)
     if better or (lower and has_learned(progress)):
-        return restart(config, relative(config, progress.lowest_log_lr) / RAMP_DIVISOR, state)
+        return restart_below(config, progress.lowest_log_lr, state)
     orders = return_to_aside(state, archive)
     state.tested = 1.0
     sure = progress.lowest_evidence > SURE_ERRORS
@@ -300,7 +321,7 @@ def experiment(
     """Answer a soft alarm: with a test where nothing is won yet, else with a trial."""
     if flags & Flag.NO_PROGRESS or reading.gain < 1:
         return doubt(config, state, archive)
-    if state.trials < MOST_TRIALS and not state.tested:
+    if state.trials < MOST_TRIALS and not state.tested and not is_vouched(state):
         begin_trial(config, state)
     return Orders()
 
@@ -313,10 +334,10 @@ def doubt(config: Config, state: State, archive: Archive) -> Orders:
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)
-    if lowest_likely(progress) <= state.ramp_level:
+    if lowest_likely(progress, progress.variance_factor) <= state.ramp_level:
         return Orders()
     state.restarts += 1
-    return restart(config, relative(config, state.ramp_log_lr) / RAMP_DIVISOR, state)
+    return restart_below(config, state.ramp_log_lr, state)
 
 
 def begin_trial(config: Config, state: State) -> None:

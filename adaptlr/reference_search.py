@@ -11,6 +11,7 @@ from adaptlr.reference_recovery import (
     RAMP_REACH,
     WARMUP_DIVISOR,
     Orders,
+    agreed,
     enter,
     has_learned,
     relative,
@@ -142,7 +143,7 @@ def found_lr(config: Config, progress: Progress, learned: bool, lost: bool, stat
     """Return the mean of what ramp and gradient say, or what one of them says, or the typed LR."""
     if learned:
         ramp = relative(config, progress.lowest_log_lr) / RAMP_DIVISOR
-        return math.sqrt(ramp * state.estimate) if state.estimate else ramp
+        return agreed(ramp, state)
     lr = state.estimate / ALONE or 1.0
     if lost and stage_of(state) == "rise":
         lr = min(lr, relative(config, progress.log_lr) / WARMUP_DIVISOR)

@@ -126,7 +126,7 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
   if (is_in(Phase::kTrial, state))
     state.cut_factor = state.trial_factor;
   if (is_ramp(state))
-    answer_on_ramp(config, state, decision);
+    answer_on_ramp(config, archive, state, decision);
   else if (state.good_slot != kNoSlot)
     begin_probe(is_early(config, state) && alarms & kCollapse && was_range_test(state.fine),
                 archive, state, decision);

@@ -19,6 +19,7 @@ constexpr double kLeastCut = 2.0;      // of every restart
 constexpr double kLeastSchedule = 0.2; // a restart makes up for this much of the decay
 constexpr double kLeastFactor = 1e-8;
 constexpr double kFarAbove = 10.0;       // the one-gradient estimate
+constexpr double kVouched = 3.0;         // times that: no cause to doubt an lr that has learned
 constexpr double kSeenErrors = 2.0;      // progress that is there
 constexpr double kSureErrors = 4.0;      // even for the lowest of many levels
 constexpr double kSettledSamples = 12.0; // that a level and its noise need to be sure of
@@ -142,6 +143,20 @@ ADAPTLR_HOST_DEVICE inline bool is_far_above(const State& state) {
   return state.estimate > 0.0 && state.cut_factor > kFarAbove * state.estimate;
 }
 
+/// The lr to restart at, where the way to a collapse or a ramp tells `lr`: the geometric mean of it
+/// and of what the first gradient told, whose errors have nothing in common. One gradient may be an
+/// odd one: it counts as at most a decade off.
+ADAPTLR_HOST_DEVICE inline double agreed_lr(double lr, const State& state) {
+  const double told = smaller(larger(state.estimate, divide(lr, kFarAbove)), lr * kFarAbove);
+  return state.estimate > 0.0 ? square_root(lr * told) : lr;
+}
+
+/// Whether the first gradient speaks for the lr. Then a loss that has fallen, and stands still, is
+/// as low as this run gets for now; a collapse would show as a rise.
+ADAPTLR_HOST_DEVICE inline bool is_vouched(const State& state) {
+  return state.cut_factor <= kVouched * state.estimate;
+}
+
 /// From kStart with another peak: `lr` is the one that is meant once re-warmed, so what the
 /// schedule has lost by then is made up for.
 ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& state,
@@ -192,24 +207,24 @@ ADAPTLR_HOST_DEVICE inline void start_over(const Config& config, State& state, D
   if (!has_learned(state.fine) && state.tested == 0.0)
     return rescue(config, failed_lr(state), state, decision);
   const double divisor = state.tested != 0.0 ? kRampDivisor : kWarmupDivisor;
-  restart(config, divide(relative_lr(config, state.fine.lowest_log_lr), divisor), state, decision);
+  const double lr = divide(relative_lr(config, state.fine.lowest_log_lr), divisor);
+  restart(config, agreed_lr(lr, state), state, decision);
+}
+
+/// At an lr that holds, where a ramp had its lowest level at this one.
+ADAPTLR_HOST_DEVICE inline void restart_below(const Config& config, double log_lr, State& state,
+                                              Decision& decision) {
+  const double lr = divide(relative_lr(config, log_lr), kRampDivisor);
+  restart(config, agreed_lr(lr, state), state, decision);
 }
 
 /// The end of a ramp: at the lr that brought the lowest level, or well below the one that did not.
 ADAPTLR_HOST_DEVICE inline void settle(const Config& config, const Progress& p, State& state,
                                        Decision& decision) {
-  const double lr = has_learned(p) ? divide(relative_lr(config, p.lowest_log_lr), kRampDivisor)
-                                   : divide(relative_lr(config, p.log_lr), kWarmupDivisor);
-  restart(config, lr, state, decision);
-}
-
-/// A hard alarm on a ramp.
-ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, State& state,
-                                               Decision& decision) {
-  if (state.fine.count < kEarlyRamp && !has_learned(state.fine))
-    rescue(config, state.ramp_start, state, decision);
-  else
-    settle(config, Progress{state.fine}, state, decision);
+  if (has_learned(p))
+    return restart_below(config, p.lowest_log_lr, state, decision);
+  const double lr = divide(relative_lr(config, p.log_lr), kWarmupDivisor);
+  restart(config, state.estimate > 0.0 ? smaller(lr, state.estimate) : lr, state, decision);
 }
 
 /// Asks the causal question from the start, with the present state set aside: does a lower lr get
@@ -262,14 +277,15 @@ ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p) {
   return p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
 }
 
-/// Three standard errors below the present level.
-ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p) {
+/// Three standard errors below the present level. `variance_factor`: of the noise's correlation.
+ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor) {
   const double variance = level_variance(level_gain(kFastGain, p.count));
-  return p.fast_level - kTestErrors * p.noise * square_root(p.variance_factor * variance);
+  return p.fast_level - kTestErrors * p.noise * square_root(variance_factor * variance);
 }
 
-/// A test has come up to the lr in use without an alarm. It has won if it got lower than the run
-/// ever did, or clearly lower than where the run stands.
+/// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
+/// did, or clearly lower than where the run stands. Noise is as correlated on one side as on the
+/// other; where it seems more so, that is the loss wandering.
 ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& archive, State& state,
                                          Decision& decision) {
   const Progress p = coarse_progress(config, state);
@@ -278,10 +294,10 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
       has_learned(p) &&
       p.lowest_level < before.lowest_level - kTestErrors * level_error(p.lowest_noise);
   const bool better =
-      p.count - p.lowest_age >= kSettledSamples && highest_likely(p) < lowest_likely(before);
+      p.count - p.lowest_age >= kSettledSamples &&
+      highest_likely(p) < lowest_likely(before, smaller(p.variance_factor, before.variance_factor));
   if (lower || better)
-    return restart(config, divide(relative_lr(config, p.lowest_log_lr), kRampDivisor), state,
-                   decision);
+    return restart_below(config, p.lowest_log_lr, state, decision);
   const double level = p.lowest_evidence > kSureErrors ? highest_likely(p) : kNever;
   const double log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
@@ -289,6 +305,17 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
   state.ramp_level = level;
   state.ramp_log_lr = log_lr;
   state.soft_step = state.step + kSoftPause * config.block_steps;
+}
+
+/// A hard alarm on a ramp. A test whose ramp has learned has an answer, and a run to go back to.
+ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, const Archive& archive,
+                                               State& state, Decision& decision) {
+  if (state.fine.count < kEarlyRamp && !has_learned(state.fine))
+    rescue(config, state.ramp_start, state, decision);
+  else if (is_in(Phase::kTest, state) && has_learned(coarse_progress(config, state)))
+    end_test(config, archive, state, decision);
+  else
+    settle(config, Progress{state.fine}, state, decision);
 }
 
 /// One step of a ramp without an alarm.
@@ -321,9 +348,9 @@ ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archi
   } else if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
-  } else if (lowest_likely(p) > state.ramp_level) {
+  } else if (lowest_likely(p, p.variance_factor) > state.ramp_level) {
     state.restarts += 1.0;
-    restart(config, divide(relative_lr(config, state.ramp_log_lr), kRampDivisor), state, decision);
+    restart_below(config, state.ramp_log_lr, state, decision);
   }
 }
 
@@ -363,7 +390,7 @@ ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& 
                                            Decision& decision) {
   if (flags & kNoProgress || reading.gain < kNoProgressErrors)
     doubt(config, archive, state, decision);
-  else if (state.trials < kMaxTrials && state.tested == 0.0)
+  else if (state.trials < kMaxTrials && state.tested == 0.0 && !is_vouched(state))
     begin_trial(config, state);
 }
 

@@ -111,7 +111,7 @@ ADAPTLR_HOST_DEVICE inline double found_lr(const Config& config, const Progress&
   const bool rose = !is_baseline(state) && !is_coarse(state);
   if (rose && has_learned(p)) {
     const double ramp = divide(relative_lr(config, p.lowest_log_lr), kRampDivisor);
-    return estimate > 0.0 ? square_root(ramp * estimate) : ramp;
+    return agreed_lr(ramp, state);
   }
   const double lr = estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0;
   return rose && lost ? smaller(lr, divide(relative_lr(config, p.log_lr), kWarmupDivisor)) : lr;

@@ -809,7 +809,7 @@ def test_test_of_a_run_without_progress_is_slower_the_later_it_comes():
     archive[Slot.FIRST].fine.variance_factor = 1.0
     archive[Slot.FIRST].fine.noise = 0.3  # where the run stands is not sure enough
     state.fine = Progress(count=60, lowest_evidence=4.1, lowest_noise=0.1, lowest_level=1.81)
-    state.fine.lowest_variance = 0.01
+    state.fine.lowest_variance, state.fine.variance_factor = 0.01, 4.0
     met = copy.deepcopy(state)
     assert reference_recovery.end_test(WITH_SNAPSHOTS, met, archive).restore == Slot.FIRST
     assert (met.tested, met.phase, met.fine.count) == (1, Phase.RUN, 200)
@@ -821,6 +821,52 @@ def test_test_of_a_run_without_progress_is_slower_the_later_it_comes():
     state.fine.lowest_level = 1.9 - 3 * 0.1 * math.sqrt(2 / 15) - 1e-9
     assert reference_recovery.end_test(WITH_SNAPSHOTS, state, archive).restore == Slot.START
     assert state.phase == Phase.REWARM
+
+
+def a_test_under_way(ramp, run):
+    """The state of a test, with the run that was set aside beside it."""
+    state = State(step=50.0, phase=Phase.TEST, aside_slot=Slot.FIRST, first_lr=0.01, ramp_lr=1e-3)
+    state.fine = Progress(count=30, lowest_evidence=9.0, lowest_noise=0.1, lowest_variance=0.07)
+    aside = State(step=40.0, first_lr=0.01, fine=Progress(count=40, noise=0.1, first_loss=2.0))
+    for progress, fields in ((state.fine, ramp), (aside.fine, run)):
+        for name, value in fields.items():
+            setattr(progress, name, value)
+    return state, {Slot.FIRST: aside}
+
+
+@pytest.mark.parametrize("factors", [(1.0, 20.0), (20.0, 1.0), (1.0, 1.0)])
+def test_a_loss_that_wanders_does_not_excuse_the_run_in_a_test(factors):
+    ramp = {"lowest_level": 1.8, "lowest_age": 10, "variance_factor": factors[0]}
+    run = {"lowest_level": 1.7, "fast_level": 2.0, "variance_factor": factors[1]}
+    state, archive = a_test_under_way(ramp, run)
+    orders = reference_recovery.end_test(WITH_SNAPSHOTS, state, archive)
+    assert (orders.restore, state.phase) == (Slot.START, Phase.REWARM)
+
+
+def test_an_alarm_in_a_test_does_not_cost_a_run_that_is_better():
+    ramp = {"lowest_level": 1.8, "lowest_log_lr": -9.0, "variance_factor": 1.0}
+    run = {"lowest_level": 1.0, "fast_level": 1.1, "variance_factor": 1.0}
+    state, archive = a_test_under_way(ramp, run)
+    orders = reference_recovery.answer_on_ramp(WITH_SNAPSHOTS, state, archive)
+    assert (orders.restore, state.phase, state.tested) == (Slot.FIRST, Phase.RUN, 1)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "lr"), [(0.0, 0.01), (0.0025, 0.005), (0.1, 0.1 * 10**-0.5), (9.0, 0.01 * 10**0.5)]
+)
+def test_a_restart_takes_the_mean_of_the_landmark_and_the_estimate(estimate, lr):
+    state = State(estimate=estimate)
+    assert reference_recovery.agreed(0.01, state) == pytest.approx(lr, rel=8 * EPS)
+
+
+@pytest.mark.parametrize(("estimate", "phase"), [(0.0, Phase.TRIAL), (0.3, Phase.TRIAL), (0.34, 0)])
+def test_a_stall_is_no_cause_for_a_trial_where_the_first_gradient_speaks_for_the_lr(
+    estimate, phase
+):
+    state = State(step=150.0, estimate=estimate, fine=Progress(count=150, lowest_level=1.0))
+    reading = reference_progress.Reading(flags=Flag.STALL, gain=9.0)
+    reference_recovery.experiment(WITH_SNAPSHOTS, Flag.STALL, reading, state, {})
+    assert state.phase == phase
 
 
 def test_trial_is_kept_for_a_new_lowest_level_only():
