@@ -1,11 +1,9 @@
-"""Makes the tables of `lr="auto"` from rates that say nothing, over eight decades (AdamW) and seven (SGD). Progress
-recovered, (e0 - e) / (e0 - L\\*): 1 is the best held-out loss of a full sweep of the learning rate,
-0 is nothing learnt. Every run pays for its search with its own steps. {runs} runs; seeds {seeds}.
-"""
+"""Makes the tables of `lr="auto"`: how well runs end that were not told a rate."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import fmean, quantiles
 
 from benchmarks.quality.grid import STARTS
@@ -17,8 +15,8 @@ TOP = """\
 # Learning rates that adaptlr finds by itself
 
 `lr="auto"` from rates that say nothing, over eight decades (AdamW) and seven (SGD). Progress
-recovered, (e0 - e) / (e0 - L\\*): 1 is the best held-out loss of a full sweep of the learning rate, 0 is nothing learnt. Every run
-pays for its search with its own steps. {runs} runs; seeds {seeds}.
+recovered, (e0 - e) / (e0 - L\\*): 1 is the best held-out loss of a full sweep of the learning rate,
+0 is nothing learnt. Every run pays for its search with its own steps. {runs} runs; seeds {seeds}.
 """
 
 
@@ -40,7 +38,7 @@ def figures(rows: Rows) -> list[object]:
 HEAD = ["runs", "mean", "median", "10 %", "5 %", "worst", "search steps", "runs with a restart"]
 
 
-def search_report(rows: Rows, facts: str, table, grouped) -> str:
+def search_report(rows: Rows, facts: str, table: Callable, grouped: Callable) -> str:
     """Return the whole report; `table` and `grouped` are those of report.py."""
     by_optimizer = grouped(rows, "optimizer").items()
     by_task = grouped(rows, "task", "optimizer").items()
