@@ -19,7 +19,7 @@ from adaptlr.reference_recovery import (
 )
 from adaptlr.reference_state import Config, Flag, Phase, Progress, Signals, State
 
-BASELINE = 8  # losses at a rate that changes nothing
+BASELINE = 9  # losses at a rate that changes nothing: with a median of eight differences
 SEARCH_REACH = 20.0  # below the estimate, where a ramp begins
 SEARCH_DECADES = 3.3  # that the steps of a search are spread over
 COARSE_REACH, COARSE_DECADE_STEPS = 1e4, 4
@@ -65,13 +65,14 @@ def advance_search(
     if broken and (stage == "baseline" or state.consecutive_skips < 2):
         return Orders(), Flag(0)
     match stage:
+        case "baseline" if lost:  # not even that rate is harmless
+            return search_from(state.ramp_start / (SEARCH_REACH * RAMP_REACH), state), Flag(0)
         case "baseline":
             if progress.count >= BASELINE:
                 begin_rise(config, state)
         case "coarse":
             height = abs(signals.loss - progress.first_loss)
             if lost or height > 6 * progress.noise or progress.lowest_evidence > 4:
-                state.ramp_limit = state.ramp_lr
                 return search_from(state.ramp_lr / COARSE_BACK, state), Flag(0)
             if state.step >= 0.6 * config.search_steps:
                 return end_search(config, False, state)
@@ -100,7 +101,13 @@ def is_past_lowest(reading: Reading, state: State) -> bool:
 
 
 def search_from(start: float, state: State) -> Orders:
-    """Search again from the start of the run, with a ramp that begins elsewhere."""
+    """Search again from the start of the run, with a ramp that begins elsewhere.
+
+    An estimate that led here is refuted.
+    """
+    if state.estimate or stage_of(state) == "coarse":
+        state.ramp_limit = state.ramp_lr
+    state.estimate = 0.0
     state.last_alarm = state.step
     orders = return_to_start(Phase.SEARCH, state)
     begin_baseline(start, state)

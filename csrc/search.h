@@ -7,9 +7,10 @@
 
 namespace adaptlr {
 
-constexpr double kFarShare = 10.0;     // from the estimate: a typed lr that is worth a word
-constexpr double kBaselineSteps = 8.0; // losses that the ramp is compared with
-constexpr double kSearchReach = 20.0;  // below the estimate, where a ramp begins
+constexpr double kFarShare = 10.0; // from the estimate: a typed lr that is worth a word
+// Losses that the ramp is compared with: nine have eight differences, enough for their median.
+constexpr double kBaselineSteps = 9.0;
+constexpr double kSearchReach = 20.0; // below the estimate, where a ramp begins
 // Decades that the steps of a search are spread over: 1.3 below the estimate and 2 above it.
 constexpr double kSearchDecades = 3.3;
 constexpr double kLeastDecadeSteps = 8.0; // faster ramps pass the good rates before they show
@@ -69,8 +70,11 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline Decision begin_run(const Config& config,
   return decision;
 }
 
-/// From the start again, with a ramp that begins elsewhere.
+/// From the start again, with a ramp that begins elsewhere. An estimate that led here is refuted.
 ADAPTLR_HOST_DEVICE inline void search_from(double start, State& state, Decision& decision) {
+  if (state.estimate > 0.0 || is_coarse(state))
+    state.ramp_limit = state.ramp_lr; // known to be too high, or to change the loss
+  state.estimate = 0.0;
   state.last_alarm = state.step; // makes it an event
   return_to_start(Phase::kSearch, state, decision);
   begin_baseline(start, state);
@@ -135,12 +139,10 @@ ADAPTLR_HOST_DEVICE inline void advance_coarse(const Config& config, double loss
   const Progress& p = state.fine;
   const bool changed = lost || fabs(loss - p.first_loss) > kCoarseErrors * p.noise ||
                        p.lowest_evidence > kSureErrors;
-  if (changed) {
-    state.ramp_limit = state.ramp_lr;
+  if (changed)
     search_from(divide(state.ramp_lr, kCoarseBack), state, decision);
-  } else if (state.step >= kCoarseShare * config.search_steps) {
+  else if (state.step >= kCoarseShare * config.search_steps)
     end_search(config, false, state, decision);
-  }
 }
 
 /// A ramp ends half a decade past its lowest level, or where the progress is lost; one that was too
@@ -174,7 +176,9 @@ ADAPTLR_HOST_DEVICE inline void advance_search(const Config& config, double loss
   if (!is_baseline(state))
     return is_coarse(state) ? advance_coarse(config, loss, lost, state, decision)
                             : advance_rise(config, lost, reading, state, decision);
-  if (state.fine.count >= kBaselineSteps)
+  if (lost) // not even that rate is harmless
+    search_from(divide(state.ramp_start, kSearchReach * kRampReach), state, decision);
+  else if (state.fine.count >= kBaselineSteps)
     begin_rise(config, state);
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import loss_of, parameters_of, same
 
-from adaptlr import AdaptiveLR, Guard, Schedule
+from adaptlr import AdaptiveLR, Guard, Schedule, Search
 from adaptlr._extension import state_dtype
 
 
@@ -37,8 +37,9 @@ CONSTRUCTOR = [
     ({"warmup": "10%"}, TypeError, "warmup must be an int (steps) or a float (share), got '10%'"),
     ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan"),
     ({"lr": -1e-3}, ValueError, "lr must be positive and finite, got -0.001"),
-    ({"lr": "auto"}, ValueError, "lr='auto' is not available in this version"),
-    ({"lr": "fast"}, TypeError, "lr must be a float or None, got str"),
+    ({"lr": "auto", "guard": None}, ValueError, "guard must be one that acts for lr='auto'"),
+    ({"lr": 1e-3, "search": Search()}, ValueError, "search must be None unless lr='auto'"),
+    ({"lr": "fast"}, TypeError, "lr must be a float, 'auto' or None, got str"),
     ({"min_lr_ratio": 1.5}, ValueError, "min_lr_ratio must be in [0, 1], got 1.5"),
     ({"decay": "exponential"}, ValueError, "decay must be one of cosine, linear"),
     ({"decay": 3}, TypeError, "decay must be a name, a Schedule or a callable, got int"),
@@ -52,14 +53,13 @@ CONSTRUCTOR = [
     ({"device_path": "gpu"}, ValueError, "device_path must be one of"),
     ({"device_path": "fused"}, ValueError, "needs parameters on a CUDA device, got cpu"),
     ({"device_path": "capturable"}, ValueError, "needs parameters on a CUDA device, got cpu"),
-    ({"check_lr": True}, ValueError, "check_lr=True is not available in this version"),
     (
         {"snapshot": "disk"},
         ValueError,
         "snapshot must be one of ('auto', 'device', 'host', 'off'",
     ),
     ({"recorder": "run.jsonl"}, ValueError, "recorder='run.jsonl' is not available"),
-    ({"search": 1}, ValueError, "search=1 is not available in this version"),
+    ({"search": 1}, TypeError, "search must be a Search or None, got int"),
     ({"model": 1}, TypeError, "model must be a torch.nn.Module or None, got int"),
     ({"on_rollback": 1}, TypeError, "on_rollback must be callable or None, got int"),
     ({"process_group": 1}, ValueError, "process_group=1 is not available in this version"),
@@ -206,16 +206,16 @@ def with_state(name: str, value: float):
 
 
 CHECKPOINTS = {
-    "version": (with_entry(0, 1.0), "version must be 3, got 1"),
+    "version": (with_entry(0, 1.0), "version must be 4, got 1"),
     "groups": (with_entry(2, 3.0), "must be of 1 parameter groups, as the optimizer has, got 3"),
     "cut short": (lambda tensor: tensor[:160], "must hold"),
     "cut in a number": (lambda tensor: tensor[:161], "must be bytes of float64, got 161"),
     "cast": (lambda tensor: tensor.half(), "must be bytes of float64"),
-    "empty": (lambda tensor: tensor[:0], "version must be 3, got nothing"),
+    "empty": (lambda tensor: tensor[:0], "version must be 4, got nothing"),
     "nan": (with_state("cuts", math.nan), "cuts must be finite, got nan"),
     "step": (with_state("step", 2.5), "step must be a count, got 2.5"),
     "factor": (with_state("factor", -1.0), "factor must be at least 0, got -1"),
-    "phase": (with_state("phase", 9.0), "phase must be a count of at most 8, got 9"),
+    "phase": (with_state("phase", 10.0), "phase must be a count of at most 9, got 10"),
     "index": (with_state("fine.next_difference", 24.0), "must be a count of at most 23, got 24"),
     "slot": (with_state("good_slot", 4.0), "good_slot must be a count of at most 3, got 4"),
     "peak": (with_entry(6, -1.0), "must be finite and not negative, got -1.0"),

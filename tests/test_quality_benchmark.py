@@ -15,6 +15,7 @@ from benchmarks.quality import grid, report
 from benchmarks.quality.data import Labelled
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.peers import SkipSixSigma
+from benchmarks.quality.search_report import search_report, search_steps
 from benchmarks.quality.stages import Gradients
 from benchmarks.quality.tasks import TASKS, progress_recovered
 from benchmarks.quality.training import CURVE_POINTS, Run, train
@@ -101,6 +102,18 @@ def test_the_first_seed_comes_first_and_covers_every_cell():
     assert half == 6 * 2 * 5 * 7
     assert {run.seed for run in runs[:half]} == {0}
     assert {replace(run, seed=1) for run in runs[:half]} == set(runs[half:])
+
+
+def test_searches_are_measured_from_rates_that_say_nothing(pictures):
+    runs = list(grid.search_grid(["digits"], grid.OPTIMIZERS, ["auto"], (0,), 60))
+    assert {run.lr for run in runs} == {*grid.STARTS["adamw"], *grid.STARTS["sgd"]}
+    with quiet():
+        rows = [train(run, pictures, CPU, graphs=False) for run in runs if run.lr in (1e-2, 1e-1)]
+    for row in rows:  # too short for a ramp
+        assert row["counts"]["found"] == 1
+        assert search_steps(row) == 1
+    text = search_report(rows, "a machine", report.table, report.grouped)
+    assert "| digits | adamw | 1 |" in text
 
 
 def test_the_report_has_a_line_for_every_optimizer_and_method(rows):

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 import pytest
-from closed_loop import PEAK, SCENARIOS, Scenario, Told, drive
+from closed_loop import PEAK, SCENARIOS, STEPS, Scenario, Told, drive
 from traces import TRACES, Trace
 
 from adaptlr import _extension as extension
@@ -53,11 +53,19 @@ EXACT_FIELDS = {"step", "samples", "observed", "best_samples", "outlier_run", "p
 EXACT_FIELDS |= {"streak", "last_alarm", "consecutive_skips", "consecutive_overflows", "skips"}
 EXACT_FIELDS |= {"cuts", "previous_phase", "flags", "action", "norm_samples", "block_count"}
 EXACT_FIELDS |= {"count", "next_difference", "lowest_age"}
-EXACT_FIELDS |= {"restarts", "origin_step", "restarted", "trials", "tested", "soft_step"}
+EXACT_FIELDS |= {
+    "warmup_start",
+    "restarts",
+    "origin_step",
+    "restarted",
+    "trials",
+    "tested",
+    "soft_step",
+}
 EXACT_FIELDS |= {"aside_slot", "good_slot", "pending_slot", "pending_step"}
 # Rates of any size: every digit counts.
 RATES = {"lr", "first_lr", "ramp_lr", "ramp_growth", "ramp_start", "ramp_limit", "onset_lr"}
-RATES |= {"factor", "cut_factor", "target_factor", "ceiling", "trial_factor"}
+RATES |= {"factor", "cut_factor", "target_factor", "ceiling", "trial_factor", "estimate"}
 
 SETTINGS: list[dict[str, object]] = [
     {},
@@ -125,10 +133,10 @@ def signals_of(trace: Trace) -> list[Signals]:
 
 
 def run_reference(
-    config: Config, signals: list[Signals], every: int = STATE_EVERY
+    config: Config, signals: list[Signals], every: int = STATE_EVERY, estimate: float = 0.0
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the record of every step, and the fields of every 50th state, an array each."""
-    state, archive, records, states = State(), Archive(), [], []
+    state, archive, records, states = State(estimate=estimate), Archive(), [], []
     for i, step_signals in enumerate(signals):
         records.append(reference.control_step(config, step_signals, state, archive)[1])
         if i % every == every - 1:
@@ -202,11 +210,16 @@ def test_every_field_of_the_state_has_a_name_in_the_extension() -> None:
 LOUD = Flag.NONFINITE | Flag.DIVERGE | Flag.DRIFT | Flag.WORSE | Flag.LOST | Flag.ABOVE
 
 
-def run_loop(scenario: Scenario) -> tuple[Config, list[Signals], tuple[np.ndarray, np.ndarray]]:
+def run_loop(
+    scenario: Scenario, steps: int = STEPS, estimate: float = 0.0
+) -> tuple[Config, list[Signals], tuple[np.ndarray, np.ndarray]]:
     """Let the extension drive a model; return its losses too, with every record and state."""
-    config = reference.default_config(1000, PEAK, **scenario.settings)
+    config = reference.default_config(steps, PEAK, **scenario.settings)
     row, _table = to_structured(config)
     controller = extension.HostController(row, history_size=1024)
+    state = controller.state
+    state["estimate"] = estimate
+    controller.state = state
     signals, states = [], []
 
     def step(loss: float) -> Told:
@@ -215,7 +228,7 @@ def run_loop(scenario: Scenario) -> tuple[Config, list[Signals], tuple[np.ndarra
         states.append(controller.state)
         return Told(lr, skip, Slot(order & 15), Slot(order >> 4))
 
-    drive(scenario.model, step)
+    drive(scenario.model, step, steps)
     return config, signals, (controller.records(), np.stack(states))
 
 

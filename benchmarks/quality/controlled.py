@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
+from typing import Literal
 
 from adaptlr import AdaptiveLR, TrainingDiverged
 from adaptlr.cli.demo_training import WARMUP
@@ -18,11 +19,15 @@ CHECK_EVERY = 20  # steps; the check reads host memory alone
 class Adaptlr:
     """`AdaptiveLR` with everything at its default; the whole step is one stage."""
 
+    lr: Literal["auto"] | None = None
+
     def __init__(self, optimizer: str, gradients: Gradients, peak: float, steps: int) -> None:
         self.gradients = gradients
         self.story = Story()
         optimizer = make_optimizer(optimizer, gradients.parameters, peak)
         options = {"model": gradients.model} if HAS_SNAPSHOTS else {}
+        if self.lr is not None:
+            options["lr"] = self.lr
         self.controller = AdaptiveLR(optimizer, steps, warmup=WARMUP, **options)
 
     def stages(self) -> list[Stage]:
@@ -57,3 +62,9 @@ class Adaptlr:
         self.story.lrs = self.controller.history()["lr"].tolist()
         self.story.events = [(e.step, e.kind, e.reason) for e in self.controller.events()]
         return self.story
+
+
+class Auto(Adaptlr):
+    """The same with `lr="auto"`: the rate that it is given says nothing."""
+
+    lr = "auto"

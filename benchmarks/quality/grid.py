@@ -12,6 +12,8 @@ from benchmarks.quality.training import Run
 
 OPTIMIZERS = ("adamw", "sgd")
 MULTIPLES = (1, 3, 10, 32, 100, 316, 1000)  # names of the half decades from 0 to 6
+# What searches begin with: rates that say nothing.
+STARTS = {"adamw": (1e-7, 1e-4, 1e-2, 1.0), "sgd": (1e-5, 1e-3, 1e-1, 10.0)}
 SWEPT = {"adamw": range(-12, 1), "sgd": range(-8, 3)}  # half decades
 
 
@@ -49,6 +51,27 @@ def sweep_grid(
                 for task in tasks
                 for optimizer in optimizers
                 for lr in map(half_decade, SWEPT[optimizer])
+            ],
+            seed,
+        )
+
+
+def search_grid(
+    tasks: Sequence[str],
+    optimizers: Sequence[str],
+    methods: Sequence[str],
+    seeds: Iterable[int],
+    steps: int | None,
+) -> Iterator[Run]:
+    """Yield runs that find their rate by themselves, from rates far apart."""
+    for seed in seeds:
+        yield from _shuffled(
+            [
+                Run(task, optimizer, method, None, start, seed, steps or ALL_TASKS[task].steps)
+                for task in tasks
+                for optimizer in optimizers
+                for start in STARTS[optimizer]
+                for method in methods
             ],
             seed,
         )

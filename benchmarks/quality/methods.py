@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.quality import peers
-from benchmarks.quality.controlled import Adaptlr
+from benchmarks.quality.controlled import Adaptlr, Auto
 from benchmarks.quality.method import Method
 
 METHODS: dict[str, type[Method]] = {
@@ -13,3 +13,6 @@ METHODS: dict[str, type[Method]] = {
     "greedy": peers.Greedy,
     "skip6": peers.SkipSixSigma,
 }
+# Given no rate, so no multiple of the best one either: measured apart.
+SEARCHES: dict[str, type[Method]] = {"auto": Auto}
+ALL_METHODS = METHODS | SEARCHES

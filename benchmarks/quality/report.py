@@ -1,7 +1,7 @@
 """Makes tables and a plot of the rows of run.py: ``python -m benchmarks.quality.report ROWS...``.
 
-Writes ``guard_<device>.md``, ``.csv`` and ``.png``. Rows of a sweep give a table of the best rates
-instead, on stdout, for tasks.py.
+Writes ``guard_<device>.md``, ``.csv`` and ``.png``, and ``search_<device>.md`` of the method
+``auto``. Rows of a sweep give a table of the best rates instead, on stdout, for tasks.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.quality.grid import MULTIPLES, OPTIMIZERS, read_rows
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import ALL_METHODS, SEARCHES
+from benchmarks.quality.search_report import search_report
 from benchmarks.quality.tasks import ALL_TASKS
 from benchmarks.quality.training import Run
 
@@ -25,7 +26,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 ORDER = {
     "task": list(ALL_TASKS),
     "optimizer": list(OPTIMIZERS),
-    "method": list(METHODS),
+    "method": list(ALL_METHODS),
     "multiple": list(MULTIPLES),
 }
 Rows = list[dict]
@@ -159,12 +160,25 @@ def headers(files: Iterable[Path]) -> list[dict]:
     return [json.loads(line) for line in unique]
 
 
+def write_search(rows: Rows, arguments: argparse.Namespace) -> None:
+    """Write ``search_<device>.md``."""
+    measured_on = headers(arguments.rows)
+    facts = "\n".join(header["facts"] for header in measured_on)
+    text = search_report(rows, facts, table, grouped)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.output_dir / f"search_{measured_on[0]['slug']}.md").write_text(text)
+    print(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path, nargs="+", help="files that run.py has written")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows = [row for file in arguments.rows for row in read_rows(file)]
+    if searched := [row for row in rows if row["method"] in SEARCHES]:
+        write_search(searched, arguments)
+    rows = [row for row in rows if row["method"] not in SEARCHES]
     if swept := [row for row in rows if row["multiple"] is None]:
         print(sweep_report(swept))
     if rows := [row for row in rows if row["multiple"] is not None]:

@@ -27,7 +27,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from adaptlr.bench.facts import facts_of
 from benchmarks.quality import grid
 from benchmarks.quality.data import Data, load
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import ALL_METHODS, METHODS, SEARCHES
 from benchmarks.quality.tasks import ALL_TASKS, TASKS
 from benchmarks.quality.training import Run, clean_up, train
 
@@ -110,8 +110,13 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
     if arguments.sweep:
         runs = grid.sweep_grid(arguments.tasks, arguments.optimizers, *common)
     else:
-        which = (arguments.tasks, arguments.optimizers, arguments.methods, arguments.multiples)
-        runs = grid.guard_grid(*which, *common)
+        tasks, optimizers = arguments.tasks, arguments.optimizers
+        methods = [method for method in arguments.methods if method in METHODS]
+        searches = [method for method in arguments.methods if method in SEARCHES]
+        runs = [
+            *grid.guard_grid(tasks, optimizers, methods, arguments.multiples, *common),
+            *grid.search_grid(tasks, optimizers, searches, *common),
+        ]
     done = {grid.key_of(row) for row in grid.read_rows(arguments.output)}
     return [run for run in runs if run.key() not in done]
 
@@ -124,7 +129,7 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, default=Path("guard.jsonl"), help="rows; appended to")
     add("--tasks", nargs="+", choices=ALL_TASKS, default=list(TASKS), metavar="TASK")
     add("--optimizers", nargs="+", choices=grid.OPTIMIZERS, default=grid.OPTIMIZERS)
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
     add("--multiples", nargs="+", type=int, choices=grid.MULTIPLES, default=grid.MULTIPLES)
     add("--seeds", type=int, default=2, help="how many, from 0")
     add("--sweep", action="store_true", help="plain runs over all rates instead")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.quality.data import Data, draw, evaluate
 from benchmarks.quality.method import Method
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import ALL_METHODS
 from benchmarks.quality.stages import Gradients, Stage, captured
 from benchmarks.quality.tasks import ALL_TASKS, progress_recovered
 
@@ -25,7 +25,7 @@ class Run:
     """What is to be run.
 
     Attributes:
-        multiple: The rate as a multiple of the best swept one; ``None`` in a sweep.
+        multiple: The rate as a multiple of the best swept one; ``None`` in a sweep or a search.
         steps: Budget; the task's own unless a smoke test shortens it.
     """
 
@@ -51,7 +51,7 @@ def train(run: Run, data: Data, device: torch.device, graphs: bool) -> dict:
     start = evaluate(data, model)
     batches = draw(data, run.steps, task.batch, run.seed)
     gradients = Gradients(model, data, batches[0])
-    method = METHODS[run.method](run.optimizer, gradients, run.lr, run.steps)
+    method = ALL_METHODS[run.method](run.optimizer, gradients, run.lr, run.steps)
     stages = method.stages()
     if graphs:
         stages = captured(stages, model, method.suspended())

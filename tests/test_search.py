@@ -1,0 +1,290 @@
+"""The search for a learning rate, and what the first gradient says of one that was typed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from closed_loop import PEAK, Model, Scenario, steps_from
+from test_update import assert_same, moves_of, run_loop, run_reference
+
+import adaptlr
+from adaptlr import _extension as extension
+from adaptlr.reference import Flag, Phase
+
+# Closed loops. The typed peak stands at 1, and `critical` is the rate that does harm.
+
+STEPS = 300
+SEARCH = {"search_steps": 60, "warmup_steps": 90, "chart_steps": 30.0, "snapshot_slots": 3}
+TOO_HIGH = Model("too_high", critical=0.01, speed=0.2, height=2.0)
+TOO_LOW = Model("too_low", critical=1e4, speed=0.2, height=2.0)
+FLAT = Model("flat", height=0.0)
+SEARCHED = ("RUN>SEARCH", "SEARCH>RUN")
+AGAIN = ("RUN>SEARCH", "SEARCH>SEARCH", "SEARCH>RUN")
+NONE = 0.0
+
+
+def told(rate: float, loss: float = 3.0) -> float:
+    """Return what the first gradient must tell so that it suggests ``rate`` x the peak."""
+    return PEAK * rate / loss
+
+
+CASES = [
+    # model, what the first gradient tells, moves, between which rates the peak must come to lie
+    (TOO_HIGH, told(0.003), SEARCHED, (5e-4, 0.01)),
+    (TOO_LOW, told(3e3), SEARCHED, (5e2, 1e4)),
+    (TOO_HIGH, NONE, AGAIN, (5e-4, 0.01)),
+    (Model("unknown", critical=30.0, height=2.0), NONE, AGAIN, (1.0, 30.0)),
+    (FLAT, told(0.02, 1.0), SEARCHED, (0.01, 0.02)),
+    (FLAT, NONE, SEARCHED, (1.0, 1.0)),
+    # The estimate is far too high: even where the ramp begins the loss rises at once.
+    (Model("beyond", critical=1e-5, harm=2.0, height=2.0), told(0.1), AGAIN, (1e-10, 1e-5)),
+    (
+        Model("nan", critical=0.01, height=2.0, broken=steps_from(20, 1)),
+        told(0.003),
+        SEARCHED,
+        None,
+    ),
+    (
+        Model("nans", critical=0.01, height=2.0, broken=steps_from(3, 3)),
+        told(0.003),
+        SEARCHED,
+        None,
+    ),
+    (
+        Model("poisoned", critical=0.01, height=2.0, poisoned=0.03),
+        told(0.003),
+        ("RUN>SEARCH", "SEARCH>RUN:NONFINITE"),
+        (5e-4, 0.01),
+    ),
+    # A loss around 0 is no scale; the noise of 0.05 is.
+    (
+        Model("negative", critical=0.01, height=2.0, shift=lambda _: -3.0),
+        told(0.003, 1.0),
+        SEARCHED,
+        (1e-4, 0.01),
+    ),
+    # A later cliff is the guard's.
+    (
+        Model("late", critical=0.01, height=2.0, later_critical=1e-6, turn=150, harm=1.0),
+        told(0.003),
+        (*SEARCHED, "REWARM>HOLD"),
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "estimate", "moves", "bounds"), CASES)
+def test_a_search_matches_the_reference_and_finds_a_rate(model, estimate, moves, bounds):
+    config, signals, actual = run_loop(Scenario(model, moves, SEARCH), STEPS, estimate)
+    made = moves_of(actual[0])
+    seen = iter(made)
+    assert not [
+        move for move in moves if not any(m.split(":")[0] == move.split(":")[0] for m in seen)
+    ], made
+    assert_same(actual, run_reference(config, signals, 1, estimate), loss_unit=1.0)
+    found = actual[0][(actual[0]["flags"] & Flag.FOUND) != 0]
+    assert len(found) == 1
+    assert found["step"][0] < SEARCH["search_steps"]
+    if bounds is not None:
+        assert bounds[0] <= found["target_factor"][0] <= bounds[1] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "estimate", "factor"),
+    [
+        ({"search_steps": 0}, told(0.03), 0.02),
+        ({"search_steps": 0}, NONE, 1.0),
+        ({"search_steps": 60, "snapshot_slots": 0}, told(0.03), 0.02),
+    ],
+)
+def test_without_a_ramp_the_first_gradient_decides_alone(settings, estimate, factor):
+    scenario = Scenario(TOO_HIGH, (), {"snapshot_slots": 3, **settings})
+    config, signals, actual = run_loop(scenario, 60, estimate)
+    assert_same(actual, run_reference(config, signals, 1, estimate), loss_unit=1.0)
+    assert actual[0]["target_factor"][0] == pytest.approx(factor, rel=0.1)
+    assert not np.any(actual[0]["phase"] == Phase.SEARCH)
+
+
+def test_a_typed_rate_far_above_the_estimate_restarts_there():
+    model = Model("above", critical=0.001, harm=1.0)
+    scenario = Scenario(model, ("RUN>REWARM:LOST|ABOVE",))
+    config, signals, actual = run_loop(scenario, 200, told(0.0008, 2.0))
+    assert_same(actual, run_reference(config, signals, 1, told(0.0008, 2.0)), loss_unit=1.0)
+    records = actual[0]
+    assert moves_of(records)[0] == "RUN>REWARM:LOST|ABOVE"
+    restart = records[records["phase"] == Phase.REWARM][0]
+    assert restart["target_factor"] == pytest.approx(0.0008, rel=0.1)
+    assert Flag(int(records["flags"][0])) & Flag.FAR_LR
+
+
+def test_a_search_starts_where_the_gradient_says_whatever_was_typed():
+    rates = []
+    for peak in (1e-6, 1e-2, 1e2):
+        row = np.zeros((), extension.config_dtype)
+        config, signals, _ = run_loop(Scenario(TOO_HIGH, (), SEARCH), 5, told(0.003))
+        for name, value in vars(config).items():
+            row[name] = 0 if name in ("peaks", "table") else value
+        row["peak"], row["peaks"][0] = peak, peak
+        controller = extension.HostController(row, 64)
+        state = controller.state
+        state["estimate"] = told(0.003)
+        controller.state = state
+        for step_signals in signals:
+            controller.step(step_signals.loss)
+        rates.append(controller.records()["lr"].tolist())
+    np.testing.assert_allclose(rates[1:], [rates[0]] * 2, rtol=1e-12)
+
+
+# With a real optimizer.
+
+
+class Task:
+    """A small regression that SGD and AdamW can learn."""
+
+    def __init__(self, kind: str, lr: float) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)
+        )
+        self.optimizer = getattr(torch.optim, kind)(self.model.parameters(), lr=lr)
+        self.random = torch.Generator().manual_seed(1)
+
+    def loss(self) -> torch.Tensor:
+        x = torch.randn(32, 8, generator=self.random)
+        return (self.model(x).squeeze(1) - torch.sin(2 * x[:, 0]) - 2).pow(2).mean()
+
+    def train(self, controller: adaptlr.AdaptiveLR, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            loss = self.loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            controller.step(loss)
+            losses.append(loss.item())
+        return losses
+
+
+def controlled(kind: str, typed: float, **arguments: object) -> tuple[Task, adaptlr.AdaptiveLR]:
+    task = Task(kind, typed)
+    return task, adaptlr.AdaptiveLR(task.optimizer, **{"total_steps": 300, **arguments})
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_every_start_ends_at_the_same_peak(kind):
+    peaks = []
+    for lr in (1e-7, 10.0):
+        task, controller = controlled(kind, lr, lr="auto")
+        before = [p.clone() for p in task.model.parameters()]
+        kinds = []
+        while "found" not in kinds:
+            task.train(controller, 1)
+            kinds = [event.kind for event in controller.events()]
+        assert kinds == ["search", "found"]
+        assert all(map(torch.equal, task.model.parameters(), before))
+        losses = task.train(controller, 300 - controller.status().step)
+        assert np.mean(losses[-20:]) < 0.6
+        peaks.append(controller.history()["lr"][60:].max())
+        assert controller.history()["lr"][-1] == 0.0
+    assert peaks[0] == pytest.approx(peaks[1], rel=1e-6)
+
+
+def test_the_event_of_a_search_tells_what_was_seen():
+    task, controller = controlled("AdamW", 1e-5, lr="auto")
+    task.train(controller, 60)
+    found = controller.events()[1]
+    assert "on the ramp the loss was lowest" in found.reason
+    assert "the first gradient suggests" in found.reason
+    assert "apart" in found.reason
+    assert found.factor == 1.0
+
+
+def test_a_checkpoint_in_a_search_ends_it_with_the_best_estimate():
+    task, controller = controlled("AdamW", 1e-5, lr="auto")
+    task.train(controller, 30)
+    assert controller.status().phase is adaptlr.Phase.SEARCH
+    saved = task.optimizer.state_dict()
+    resumed_task, resumed = controlled("AdamW", 1e-5, lr="auto")
+    resumed_task.optimizer.load_state_dict(saved)
+    assert "the search that was under way needs snapshots" in resumed.events()[0].reason
+    resumed_task.train(resumed, 60)
+    assert resumed.status().phase is adaptlr.Phase.RUN
+    assert resumed.history()["lr"].max() > 1e-4
+
+
+def test_an_unknown_optimizer_is_searched_with_a_coarse_ramp_first():
+    task = Task("Adagrad", 1e-3)
+    controller = adaptlr.AdaptiveLR(task.optimizer, 1000, lr="auto")
+    task.train(controller, 105)
+    kinds = [event.kind for event in controller.events()]
+    assert kinds[-1] == "found"
+    assert kinds.count("search") >= 2
+
+
+def test_without_snapshots_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="lr must be a float for Adagrad without a ramp"):
+        controlled("Adagrad", 1e-3, lr="auto", snapshot="off")
+
+
+def test_set_peak_takes_the_place_of_what_a_search_has_found():
+    task, controller = controlled("AdamW", 1e-7, lr="auto", decay="constant")
+    task.train(controller, 100)
+    controller.set_peak(2e-3)
+    task.train(controller, 1)
+    assert controller.status().lr == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "steps"), [(None, 100), (100, 0), (200, 40), (300, 50), (1_000_000, 100)]
+)
+def test_a_search_costs_a_bounded_share_of_the_run(total_steps, steps):
+    assert adaptlr.Search().steps_of(total_steps) == steps
+
+
+# The check at step one.
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_only_a_rate_more_than_10_times_off_is_warned_of(kind):
+    task, controller = controlled(kind, 1e-30)
+    with pytest.warns(UserWarning, match="times below what the first gradient suggests"):
+        task.train(controller, 1)
+    suggested = controller.history()["rise"][0]
+    for times in (0.11, 1.0, 9.0):
+        task, controller = controlled(kind, suggested * times)
+        task.train(controller, 3)
+        assert controller.events() == []
+    for times, side in ((0.09, "below"), (11.0, "above")):
+        task, controller = controlled(kind, suggested * times)
+        with pytest.warns(UserWarning, match=f"11 times {side}.*check_lr=False silences this"):
+            task.train(controller, 1)
+        assert [event.kind for event in controller.events()] == ["far_lr"]
+
+
+def test_the_check_changes_nothing():
+    runs = []
+    for checks in (True, False):
+        task, controller = controlled("AdamW", 1e-2, check_lr=checks)
+        runs.append([*task.train(controller, 50), *controller.history()["lr"]])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("case", ["off", "worn", "negative", "infinite"])
+def test_no_word_where_nothing_is_known(case):
+    task = Task("AdamW", 1e-30)
+    if case == "worn":
+        task.loss().backward()
+        task.optimizer.step()
+    controller = adaptlr.AdaptiveLR(task.optimizer, 100, check_lr=case != "off")
+    loss = task.loss() - (100.0 if case == "negative" else 0.0)
+    task.optimizer.zero_grad()
+    loss.backward()
+    if case == "infinite":
+        task.model[0].bias.grad.fill_(math.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.step(loss)
+    assert not controller.history()["flags"][0] & Flag.FAR_LR
