@@ -35,7 +35,8 @@ class UpdateFamily(Enum):
         """First-order change of the loss by a step at the best rate, as a share of the loss.
 
         Measured with AdamW and with SGD of momentum 0.9 on six fine-tuning tasks. A sign step stays
-        as large as Adam's is only at first: usual rates of Lion are 3 to 10 times lower.
+        as large as Adam's is only at first. Lion's authors take rates 3 to 10 times lower than
+        AdamW's; 10 it is here, as on digits.
         """
         return _RELATIVE_CHANGE[self]
 
@@ -45,7 +46,7 @@ class UpdateFamily(Enum):
         return 2 if self is UpdateFamily.SGD else 1
 
 
-_RELATIVE_CHANGE = {UpdateFamily.ADAM: 0.13, UpdateFamily.SIGN: 0.024, UpdateFamily.SGD: 0.022}
+_RELATIVE_CHANGE = {UpdateFamily.ADAM: 0.13, UpdateFamily.SIGN: 0.013, UpdateFamily.SGD: 0.022}
 _MOMENTUM = 0.9  # of the SGD that its relative change was measured with
 
 # By name, since the same optimizers live in many packages. A subclass belongs to the family of what
@@ -104,7 +105,7 @@ def gradient_sum(
     if len(ratios) != len(groups):
         raise ValueError(f"lr_ratios must have {len(groups)} numbers, got {len(ratios)}")
     sums = [
-        _power_sum(gradients, family.power) * (ratio * _momentum_share(group, family))
+        _power_sum(gradients, family.power) * (ratio * momentum_share(group, family))
         for group, ratio in zip(groups, ratios, strict=True)
         if (gradients := list(_gradients(group)))
     ]
@@ -156,13 +157,18 @@ def _lr_ratios(groups: Sequence[dict[str, Any]]) -> list[Rate]:
     return [rate / largest if largest > 0.0 else 1.0 for rate in rates]
 
 
-def _momentum_share(group: dict[str, Any], family: UpdateFamily) -> float:
-    """Return how much further a gradient moves the weights than with a momentum of 0.9."""
+def momentum_share(group: dict[str, Any], family: UpdateFamily) -> float:
+    """Return how much more a gradient counts than with a momentum of 0.9.
+
+    In all it moves the weights 1 / (1 - momentum) times lr, which is what counts where noise limits
+    the rate; where curvature does, momentum makes hardly a difference. Between the two lies the
+    root, and that is what digits show: without momentum its best rate is 3 times as high.
+    """
     if family is not UpdateFamily.SGD:
         return 1.0
     momentum, dampening = group.get("momentum", 0.0), group.get("dampening", 0.0)
     travel = (1.0 - dampening) / (1.0 - momentum) if momentum else 1.0
-    return float(travel * (1.0 - _MOMENTUM))
+    return math.sqrt(travel * (1.0 - _MOMENTUM))
 
 
 def _gradients(group: dict[str, Any]) -> Iterator[Tensor]:

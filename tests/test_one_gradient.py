@@ -89,8 +89,8 @@ def test_groups_count_by_the_ratio_of_their_rates():
     ("settings", "share"),
     [
         ({"momentum": 0.9}, 1.0),
-        ({"momentum": 0.0}, 0.1),
-        ({"momentum": 0.9, "dampening": 0.9}, 0.1),
+        ({"momentum": 0.0}, 0.1**0.5),
+        ({"momentum": 0.9, "dampening": 0.9}, 0.1**0.5),
     ],
 )
 def test_momentum_counts_by_how_far_it_carries_a_gradient(settings, share):
