@@ -70,7 +70,7 @@ class Probe:
 
     @torch.no_grad()
     def _step(self, family: UpdateFamily | None, scale: float) -> tuple[float, float]:
-        """Step once from the start; return the fall, and how large the step is beside the weights."""
+        """Step once from the start; return the fall, and the size relative to the weights."""
         self._start.rewind()
         self._optimizer.state.clear()
         weights = {}

@@ -90,7 +90,9 @@ class RangeTest:
         for replica in self.replicas:
             axes.plot(replica.lrs, replica.losses, color="0.75", linewidth=0.8)
         axes.plot(self.curve["lr"], self.curve["loss"], color="C0", label="loss, median")
-        if not self.flat:
+        if self.flat:
+            axes.set_title("flat: no rate made the loss fall by more than its noise")
+        else:
             axes.axvspan(*self.interval, color="C2", alpha=0.12, linewidth=0, label="interval")
             axes.axvline(self.lr, color="C2", label=f"found: {self.lr:.2g}")
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")

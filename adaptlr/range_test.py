@@ -89,12 +89,13 @@ def find_lr(
         RuntimeError: if the optimizer has a controller.
 
     Example:
+        >>> import adaptlr, torch
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> x = torch.randn(512, 4)
-        >>> batches = x.split(32)
-        >>> result = find_lr(lambda x: (model(x) - x.sum(1, True)).square().mean(), optimizer,
-        ...                  batches, model=model)
+        >>> def loss(x):
+        ...     return (model(x) - x.sum(dim=1, keepdim=True)).square().mean()
+        >>> result = adaptlr.find_lr(loss, optimizer, x.split(32), model=model)
         >>> optimizer.param_groups[0]["lr"] = result.lr
     """
     require(method in ("ramp", "grid"), "method", "'ramp' or 'grid'", method)

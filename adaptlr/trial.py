@@ -45,7 +45,9 @@ class Trial:
         """Check the arguments; nothing is called yet."""
         if not callable(loss):
             raise TypeError(f"loss must be a model or a callable, got {type(loss).__name__}")
-        require(isinstance(accumulate, int) and accumulate >= 1, "accumulate", ">= 1", accumulate)
+        require(
+            isinstance(accumulate, int) and accumulate >= 1, "accumulate", "at least 1", accumulate
+        )
         self.optimizer = unwrap(optimizer)
         self.model = loss if model is None and isinstance(loss, nn.Module) else model
         self.scaler = scaler

@@ -130,7 +130,7 @@ def test_public_name_is_documented(name):
     value = getattr(adaptlr, name)
     documentation = inspect.getdoc(value) or ""
     assert documentation
-    assert documentation != inspect.getdoc(value.__mro__[1])
+    assert not inspect.isclass(value) or documentation != inspect.getdoc(value.__mro__[1])
     parameters = parameters_of(value)
     _, heading, described = documentation.partition("Args:")
     if not heading:
