@@ -39,38 +39,53 @@ def until_diverged(lrs: Array, losses: Array) -> tuple[Array, Array]:
     return lrs[:end], losses[:end]
 
 
+def _inner(
+    lrs: Array, losses: Array, begin: int | None = None, end: int = 5
+) -> tuple[Array, Array]:
+    """Return rates and smoothed losses without the ends that a finder ignores.
+
+    Of few points all are kept. By default as fastai: a tenth at the beginning, 5 at the end.
+    """
+    levels = smoothed(losses)
+    first = len(lrs) // 10 if begin is None else begin
+    if len(lrs) < first + end + _LEAST:
+        return lrs, levels
+    return lrs[first:-end], levels[first:-end]
+
+
 def minimum(lrs: Array, losses: Array) -> float:
-    """A tenth of the rate with the lowest loss (fastai)."""
-    return float(lrs[smoothed(losses).argmin()] / 10.0)
+    """Return a tenth of the rate with the lowest loss (fastai)."""
+    rates, levels = _inner(lrs, losses)
+    return float(rates[levels.argmin()] / 10.0)
 
 
 def steepest(lrs: Array, losses: Array) -> float:
-    """The rate where the loss falls fastest in log(rate) (fastai's steep, torch-lr-finder)."""
-    slopes = np.diff(smoothed(losses)) / np.diff(np.log(lrs))
-    return float(lrs[slopes.argmin()])
+    """Return the rate where the loss falls fastest in log(rate) (fastai, torch-lr-finder)."""
+    rates, levels = _inner(lrs, losses)
+    return float(rates[(np.diff(levels) / np.diff(np.log(rates))).argmin()])
 
 
 def valley(lrs: Array, losses: Array) -> float:
-    """The middle of the longest falling subsequence of losses (fastai's default)."""
-    falling = _longest_fall(smoothed(losses))
-    first, last = falling[0], falling[-1]
-    return float(lrs[first + (last - first) // 2])
+    """Return the rate in the middle of the longest falling subsequence (fastai's default)."""
+    rates, levels = _inner(lrs, losses)
+    last, length = _longest_fall(levels)
+    return float(rates[max(0, last - length + length // 2)])
 
 
 def slide(lrs: Array, losses: Array, width: int = 15, flat: float = 0.005) -> float:
-    """The rate ``width`` points before the slope calms down, coming from the right (fastai)."""
-    slopes = np.gradient(smoothed(losses))
-    for right in range(len(lrs) - 1, width - 1, -1):
+    """Return the rate ``width`` points before the slope, from the right, calms down (fastai)."""
+    rates, levels = _inner(lrs, losses)
+    slopes = np.gradient(levels)
+    for right in range(len(rates) - 1, width - 1, -1):
         if abs(slopes[right] - slopes[right - width]) <= flat:
-            return float(lrs[right - width])
-    return float(lrs[0])
+            return float(rates[min(right + 1, len(rates) - 1) - width])
+    return float(rates[0])
 
 
 def lightning(lrs: Array, losses: Array) -> float:
-    """The rate where the loss falls fastest in the rate itself (Lightning)."""
-    skipped = slice(10, -1) if len(lrs) > 20 else slice(None)
-    slopes = np.gradient(smoothed(losses)[skipped], lrs[skipped])
-    return float(lrs[skipped][slopes.argmin()])
+    """Return the rate where the loss falls fastest in the rate itself (Lightning)."""
+    rates, levels = _inner(lrs, losses, 10, 1)
+    return float(rates[np.gradient(levels, rates).argmin()])
 
 
 RULES: dict[str, Callable[[Array, Array], float]] = {
@@ -85,22 +100,17 @@ RULES: dict[str, Callable[[Array, Array], float]] = {
 def suggestions(lrs: Array, losses: Array) -> dict[str, float]:
     """Return what every rule reads off a curve; NaN for all if it is too short."""
     lrs, losses = until_diverged(np.asarray(lrs, float), np.asarray(losses, float))
-    enough = len(lrs) >= _LEAST
-    return {name: rule(lrs, losses) if enough else float("nan") for name, rule in RULES.items()}
+    if len(lrs) < _LEAST:
+        return dict.fromkeys(RULES, float("nan"))
+    return {name: rule(lrs, losses) for name, rule in RULES.items()}
 
 
-def _longest_fall(values: Array) -> list[int]:
-    """Return the indices of the longest strictly falling subsequence."""
+def _longest_fall(values: Array) -> tuple[int, int]:
+    """Return where the first of the longest strictly falling subsequences ends, and its length."""
     ends: list[float] = []  # negated last value of the best subsequence of each length
-    last: list[int] = []
-    before = [-1] * len(values)
+    last = 0
     for index, value in enumerate(values):
         place = bisect_left(ends, -value)
-        before[index] = last[place - 1] if place else -1
+        last = index if place == len(ends) else last
         ends[place : place + 1] = [-value]
-        last[place : place + 1] = [index]
-    index, path = last[-1], []
-    while index >= 0:
-        path.append(index)
-        index = before[index]
-    return path[::-1]
+    return last, len(ends)

@@ -57,7 +57,7 @@ def measure(task: str, optimizer: str, seed: int, data: Data, device: torch.devi
         "task": task,
         "optimizer": optimizer,
         "seed": seed,
-        "picks": {**_our_picks(found), **_peer_picks(lrs, losses)},
+        "picks": _our_picks(found),
         "interval": found.interval,
         "steps": len(found.estimate.losses) + sum(len(ramp.losses) for ramp in found.replicas),
         "seconds": round(ours, 1),
@@ -94,7 +94,7 @@ def _peer_ramp(trial: Trial) -> tuple[list[float], list[float]]:
     return lrs, losses
 
 
-def _peer_picks(lrs: list[float], losses: list[float]) -> dict[str, float]:
+def peer_picks(lrs: list[float], losses: list[float]) -> dict[str, float]:
     """Read every rule off the part of the ramp that its finder would have run."""
     rates, values = np.array(lrs), np.array(losses)
     fastai, lightning = rates >= FASTAI_FROM, rates <= LIGHTNING_TO
