@@ -86,7 +86,7 @@ def estimate_lr(
     Raises:
         TypeError: if an argument is of the wrong kind, or the optimizer cannot be put back.
         ValueError: for LBFGS, Rprop and Prodigy, or if there is no batch.
-        RuntimeError: if the optimizer has a controller.
+        RuntimeError: if the optimizer has a controller, or several processes train.
     """
     require(isinstance(gradients, int) and gradients >= 1, "gradients", "at least 1", gradients)
     trial = Trial(loss, optimizer, batches, model, scaler, accumulate, max_grad_norm)

@@ -33,7 +33,7 @@ class Curve:
     lr: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RangeTest:
     """What `find_lr` has found.
 

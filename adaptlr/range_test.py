@@ -86,7 +86,7 @@ def find_lr(
     Raises:
         TypeError: if an argument is of the wrong kind, or the optimizer cannot be put back.
         ValueError: if a value is out of its range, or the loss is not finite before any step.
-        RuntimeError: if the optimizer has a controller.
+        RuntimeError: if the optimizer has a controller, or several processes train.
 
     Example:
         >>> import adaptlr, torch

@@ -155,6 +155,15 @@ def _refuse(optimizer: torch.optim.Optimizer) -> None:
             "optimizer must not have a controller attached; look for a rate first, or call its "
             "detach() before"
         )
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        world_size = distributed.get_world_size()
+        if world_size > 1:
+            raise RuntimeError(
+                f"a rate must be looked for in one process, got a world of {world_size}: ranks see "
+                "other losses and would stop at other steps; do it before init_process_group, with "
+                "accumulate=world_size for the same batch"
+            )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "optimizer must take its step on a gradient, got LBFGS, which searches along a line"

@@ -218,6 +218,21 @@ def test_everything_is_put_back_bit_for_bit_in_the_midst_of_training(digits, nam
     assert_same(before, everything(model, optimizer))
 
 
+@pytest.mark.cuda
+def test_everything_is_put_back_on_a_cuda_device(digits):
+    model = cnn().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3), fused=True)
+    for batch, _ in zip(loader(digits), range(3), strict=False):
+        optimizer.zero_grad()
+        loss_on(model)([part.cuda() for part in batch]).backward()
+        optimizer.step()
+    before, state = everything(model, optimizer), torch.cuda.get_rng_state()
+    result = adaptlr.find_lr(loss_on(model), optimizer, loader(digits), model=model, replicas=1)
+    assert math.isfinite(result.lr)
+    assert_same(before, everything(model, optimizer))
+    assert torch.equal(state, torch.cuda.get_rng_state())
+
+
 def test_an_error_in_the_loss_puts_everything_back_too(digits):
     model = cnn()
     optimizer = make_optimizer("adamw", model)
@@ -438,6 +453,14 @@ def test_an_attached_controller_is_refused():
         called(model, optimizer)
     controller.detach()
     assert math.isfinite(called(model, optimizer, adaptlr.estimate_lr).lr)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    model = cnn()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="in one process, got a world of 2"):
+        called(model, make_optimizer("sgd", model))
 
 
 def test_state_that_cannot_be_copied_is_refused_before_anything_changes():
