@@ -48,7 +48,8 @@ MEASURED = """
 
 `find_lr` with every default (8 gradients, 3 ramps of 16 steps a decade), and one ramp of 100
 steps over 8 decades, from which the other rules are read as fastai (1e-7 to 10) and Lightning
-(1e-8 to 1) would. Untrained model of each task, seeds {seeds}; the best rates are the H100's.
+(1e-8 to 1) would. Tasks {tasks}; seeds {seeds}. The best rates are the H100's. Every task and
+optimizer counts the same in the means, however many seeds it has.
 """
 RECORDED_TEXT = """
 ## Recorded: 90 gradients and fast ramps, 24 slow ramps
@@ -240,7 +241,8 @@ def main() -> None:
     parts = [TOP.format(facts=facts, sweep=SWEEP.name)]
     if rows:
         seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
-        parts.append(MEASURED.format(count=len(rows), seeds=seeds))
+        tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
+        parts.append(MEASURED.format(count=len(rows), seeds=seeds, tasks=tasks))
         complete = len({(row["task"], row["optimizer"]) for row in rows}) == 2 * len(TASKS)
         again = both_halves(rows) if complete else []  # too few tasks to leave one out
         parts.append(summary([*measured_picks(rows), *again]))
