@@ -29,6 +29,11 @@ logger = logging.getLogger("adaptlr")
 _attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
+def is_attached(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has a controller."""
+    return optimizer in _attached
+
+
 class AdaptiveLR:
     """Controls the learning rate of a torch optimizer: warm-up, decay, skips, backoff, regrowth.
 
@@ -117,7 +122,7 @@ class AdaptiveLR:
         """Check everything, then attach."""
         refuse_unavailable(process_group=process_group, recorder=recorder)
         self._optimizer = unwrap(optimizer)
-        if self._optimizer in _attached:
+        if is_attached(self._optimizer):
             raise RuntimeError(
                 "the optimizer already has a controller; call its detach() before attaching another"
             )

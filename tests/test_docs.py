@@ -27,6 +27,16 @@ def test_the_readme_s_ten_lines_run(capsys):
     assert "Status(step=200" in capsys.readouterr().out
 
 
+def test_the_example_of_choosing_a_rate_runs(capsys):
+    page = (ROOT / "docs/choosing_lr.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "choosing_lr.md", "exec"), {})
+    prior, estimate, found = capsys.readouterr().out.splitlines()
+    assert prior.startswith("LRRange(3e-05 to 0.001")
+    assert estimate.startswith("LREstimate(")
+    assert found.startswith("RangeTest(lr=")
+
+
 @pytest.mark.cuda
 def test_the_graph_of_the_docs_runs(capsys):
     page = (ROOT / "docs/cuda_graphs.md").read_text(encoding="utf-8")
