@@ -1,4 +1,4 @@
-// The first step, and the search for a learning rate: section 7 of docs/algorithm.md. A search
+// The first step, and the search for a learning rate: section 8 of docs/algorithm.md. A search
 // looks at a few losses at a rate that changes nothing, lets the rate grow until the loss has been
 // at its lowest, undoes all of it, and leaves a peak to the run.
 #pragma once

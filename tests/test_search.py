@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -213,6 +214,16 @@ def test_a_checkpoint_in_a_search_ends_it_with_the_best_estimate():
     resumed_task.train(resumed, 60)
     assert resumed.status().phase is adaptlr.Phase.RUN
     assert resumed.history()["lr"].max() > 1e-4
+
+
+def test_resuming_after_a_search_keeps_what_it_found():
+    task, controller = controlled("AdamW", 1e-5, lr="auto")
+    task.train(controller, 100)
+    again_task, again = controlled("AdamW", 3.0, lr="auto")  # says as little as the first did
+    again_task.model.load_state_dict(task.model.state_dict())
+    again_task.optimizer.load_state_dict(copy.deepcopy(task.optimizer.state_dict()))
+    again_task.random.set_state(task.random.get_state())
+    assert again_task.train(again, 20) == task.train(controller, 20)
 
 
 def test_an_unknown_optimizer_is_searched_with_a_coarse_ramp_first():
