@@ -334,7 +334,8 @@ class Attachment:
         made_steps, made_peaks = self._made
         if checkpoint.made_steps == made_steps:
             config.extend(checkpoint.total_steps or None)
-        if checkpoint.made_peaks == made_peaks:
+        # A search has found its peak as a share of the typed one.
+        if checkpoint.made_peaks == made_peaks or config.search_steps >= 0:
             config.set_peaks(checkpoint.peaks)
 
     def restore(self, checkpoint: Checkpoint) -> None:

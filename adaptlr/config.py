@@ -95,7 +95,7 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How ``lr="auto"`` looks for the learning rate: docs/algorithm.md, section 7.
+    """How ``lr="auto"`` looks for the learning rate: docs/algorithm.md, section 8.
 
     Args:
         steps: Steps that it may take at most, 0 or at least 30; ``None``: a tenth of the run, at

@@ -55,4 +55,5 @@ class FirstGradient:
         ratios = [peak / max(peaks) for peak in peaks]
         ratios += [1.0] * (len(self._optimizer.param_groups) - len(peaks))
         total = gradient_sum(self._optimizer, family, ratios)
-        self._path.tell_estimate(family.relative_change / total)
+        told = torch.nan_to_num(family.relative_change / total, 0.0, 0.0, 0.0)
+        self._path.tell_estimate(told)

@@ -50,7 +50,8 @@ class LateFloatPath(DevicePath):
                 "reads lr on the device (docs/optimizers.md)"
             )
         # A search goes back to the start: its last rate, the highest, must not be applied there.
-        self.core.wait(1 if self._clock <= self._config.search_steps else LATE_FLOAT_LAG)
+        searches = self._clock <= self._config.search_steps + 1
+        self.core.wait(1 if searches else LATE_FLOAT_LAG)
         self._factor = self.core.factor
         overwritten = any(
             group["lr"] is not lr for group, lr in zip(groups, self._written, strict=True)
@@ -85,6 +86,8 @@ class LateFloatPath(DevicePath):
         self._set_lrs(self._multiplier())
 
     def _multiplier(self) -> float:
+        if self._clock == 0 and self._config.search_steps >= 0:
+            return 0.0  # the typed rate means nothing, and a better one is not known yet
         return self._factor * self._config.multiplier(self._clock)
 
     def _set_lrs(self, multiplier: float) -> float:

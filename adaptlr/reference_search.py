@@ -1,4 +1,4 @@
-"""The first step and the search for a learning rate of :mod:`adaptlr.reference`: section 7."""
+"""The first step and the search for a learning rate of :mod:`adaptlr.reference`: section 8."""
 
 from __future__ import annotations
 

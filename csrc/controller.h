@@ -64,11 +64,11 @@ ADAPTLR_HOST_DEVICE inline void complete_record(const Config& config, const Deci
     record.rise = reading.rise;
   }
   if (decision.flags & (kFarLr | kFound)) {
-    const bool learned = state.ramp_log_lr != 0.0;
-    record.score = config.peak * state.cut_factor;
-    record.rise = config.peak * state.estimate;
-    record.cusum = learned ? exp(state.ramp_log_lr) : 0.0;
-    record.level = learned ? state.ramp_level : record.level;
+    const Verdict verdict = verdict_on_peak(config, state, record.level);
+    record.level = verdict.level;
+    record.score = verdict.peak;
+    record.rise = verdict.estimate;
+    record.cusum = verdict.lowest_lr;
   }
   record.lr = state.lr;
   record.factor = state.factor;
@@ -157,7 +157,7 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
     reading = measure(config, signals, differences, state, scale, decision);
   fill_record(signals, !failed && is_finite(signals.loss), scale, state, record);
   if (first)
-    decision = begin_run(config, signals.loss, state, decision);
+    decision.flags |= begin_run(config, signals.loss, state);
   if (!failed)
     guard(config, signals, reading, archive, state, decision);
   if (decision.action == Action::kSkip && config.guard_mode == GuardMode::kAct)

@@ -1,4 +1,4 @@
-// The first step, and the search for a learning rate: section 7 of docs/algorithm.md. A search
+// The first step, and the search for a learning rate: section 8 of docs/algorithm.md. A search
 // looks at a few losses at a rate that changes nothing, lets the rate grow until the loss has been
 // at its lowest, undoes all of it, and leaves a peak to the run.
 #pragma once
@@ -44,30 +44,30 @@ ADAPTLR_HOST_DEVICE inline void begin_baseline(double start, State& state) {
   state.ramp_growth = 1.0;
 }
 
-ADAPTLR_HOST_DEVICE inline void choose(double lr, State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE inline void choose(double lr, State& state) {
   state.cut_factor = state.ceiling = lr;
-  decision.flags |= kFound;
 }
 
 /// Turns what the first gradient told into a rate, then judges the typed lr by it or searches one.
-ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline Decision begin_run(const Config& config, double loss,
-                                                           State& state, Decision decision) {
+/// Returns the flags of that.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline int32_t begin_run(const Config& config, double loss,
+                                                          State& state) {
   const bool scaled = is_finite(loss) && (loss > 0.0 || is_searched(config));
   const bool told = is_finite(state.estimate) && state.estimate > 0.0 && scaled;
   const double estimate = told ? divide(state.estimate * fabs(loss), config.peak) : 0.0;
+  const bool known = estimate > 0.0;
   state.estimate = estimate;
   if (!is_searched(config)) {
     const bool far = estimate > kFarShare || estimate * kFarShare < 1.0;
-    decision.flags |= estimate > 0.0 && far ? kFarLr : 0;
-  } else if (config.search_steps > 0.0 && has_snapshots(config)) {
-    begin_baseline(
-        divide(estimate > 0.0 ? estimate : 1.0, estimate > 0.0 ? kSearchReach : kCoarseReach),
-        state);
-    enter(Phase::kSearch, state.step, state);
-  } else {
-    choose(estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0, state, decision);
+    return known && far ? kFarLr : 0;
   }
-  return decision;
+  if (config.search_steps > 0.0 && has_snapshots(config)) {
+    begin_baseline(known ? divide(estimate, kSearchReach) : 1.0 / kCoarseReach, state);
+    enter(Phase::kSearch, state.step, state);
+    return 0;
+  }
+  choose(known ? divide(estimate, kEstimateDivisor) : 1.0, state);
+  return kFound;
 }
 
 /// From the start again, with a ramp that begins elsewhere. An estimate that led here is refuted.
@@ -121,12 +121,28 @@ ADAPTLR_HOST_DEVICE inline double found_lr(const Config& config, const Progress&
   return rose && lost ? smaller(lr, divide(relative_lr(config, p.log_lr), kWarmupDivisor)) : lr;
 }
 
+/// What the record of a step tells that has judged or chosen the peak.
+struct Verdict {
+  double level;     // lowest of the ramp, if that told anything
+  double peak;      // lr
+  double estimate;  // of the first gradient, lr; 0: none
+  double lowest_lr; // at that level; 0: the ramp told nothing
+};
+
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline Verdict verdict_on_peak(const Config& config,
+                                                                const State& state, double level) {
+  const bool learned = state.ramp_log_lr != 0.0;
+  return Verdict{learned ? state.ramp_level : level, config.peak * state.cut_factor,
+                 config.peak * state.estimate, learned ? exp(state.ramp_log_lr) : 0.0};
+}
+
 /// The run proper begins with the next step: from the start, with a warm-up up to `warmup_steps`.
 ADAPTLR_HOST_DEVICE inline void end_search(const Config& config, bool lost, State& state,
                                            Decision& decision) {
   const Progress p = state.fine;
   const bool learned = !is_baseline(state) && !is_coarse(state) && has_learned(p);
-  choose(found_lr(config, p, lost, state), state, decision);
+  choose(found_lr(config, p, lost, state), state);
+  decision.flags |= kFound;
   state.ramp_level = p.lowest_level;
   state.ramp_log_lr = learned ? p.lowest_log_lr : 0.0;
   return_to_start(Phase::kRun, state, decision);

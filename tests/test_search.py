@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from closed_loop import PEAK, Model, Scenario, steps_from
+from test_graphs import capture
 from test_update import assert_same, moves_of, run_loop, run_reference
 
 import adaptlr
@@ -145,16 +147,20 @@ def test_a_search_starts_where_the_gradient_says_whatever_was_typed():
 class Task:
     """A small regression that SGD and AdamW can learn."""
 
-    def __init__(self, kind: str, lr: float) -> None:
+    def __init__(self, kind: str, lr: float, device: str = "cpu") -> None:
         torch.manual_seed(0)
+        self.device = device
         self.model = torch.nn.Sequential(
             torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)
-        )
+        ).to(device)
         self.optimizer = getattr(torch.optim, kind)(self.model.parameters(), lr=lr)
         self.random = torch.Generator().manual_seed(1)
 
-    def loss(self) -> torch.Tensor:
-        x = torch.randn(32, 8, generator=self.random)
+    def batch(self) -> torch.Tensor:
+        return torch.randn(32, 8, generator=self.random).to(self.device)
+
+    def loss(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.batch() if x is None else x
         return (self.model(x).squeeze(1) - torch.sin(2 * x[:, 0]) - 2).pow(2).mean()
 
     def train(self, controller: adaptlr.AdaptiveLR, steps: int) -> list[float]:
@@ -213,6 +219,16 @@ def test_a_checkpoint_in_a_search_ends_it_with_the_best_estimate():
     resumed_task.train(resumed, 60)
     assert resumed.status().phase is adaptlr.Phase.RUN
     assert resumed.history()["lr"].max() > 1e-4
+
+
+def test_resuming_after_a_search_keeps_what_it_found():
+    task, controller = controlled("AdamW", 1e-5, lr="auto")
+    task.train(controller, 100)
+    again_task, again = controlled("AdamW", 3.0, lr="auto")  # says as little as the first did
+    again_task.model.load_state_dict(task.model.state_dict())
+    again_task.optimizer.load_state_dict(copy.deepcopy(task.optimizer.state_dict()))
+    again_task.random.set_state(task.random.get_state())
+    assert again_task.train(again, 20) == task.train(controller, 20)
 
 
 def test_an_unknown_optimizer_is_searched_with_a_coarse_ramp_first():
@@ -288,3 +304,59 @@ def test_no_word_where_nothing_is_known(case):
         warnings.simplefilter("error")
         controller.step(loss)
     assert not controller.history()["flags"][0] & Flag.FAR_LR
+
+
+# On a CUDA device.
+
+
+@pytest.mark.cuda
+def test_a_captured_search_runs_without_the_host():
+    task = Task("AdamW", 1e-7, "cuda")
+    controller = adaptlr.AdaptiveLR(task.optimizer, 300, lr="auto")
+    x = task.batch()
+
+    def iterate() -> None:
+        task.optimizer.zero_grad()
+        loss = task.loss(x)
+        loss.backward()
+        controller.step(loss)
+
+    graph = capture(controller, iterate)
+    for _ in range(300):
+        x.copy_(task.batch())
+        graph.replay()
+    torch.cuda.synchronize()
+    assert [event.kind for event in controller.events()][:2] == ["search", "found"]
+    assert "the first gradient suggests" in controller.events()[1].reason
+    assert 1e-3 < controller.history()["lr"][60:].max() < 0.3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device_path", ["fused", "capturable", "float"])
+def test_every_path_finds_the_peak_that_the_cpu_finds(device_path):
+    peaks = []
+    for device, path in (("cpu", "auto"), ("cuda", device_path)):
+        task = Task("AdamW", 10.0, device)
+        controller = adaptlr.AdaptiveLR(task.optimizer, 300, lr="auto", device_path=path)
+        task.train(controller, 60)
+        controller.detach()  # waits for the device
+        found = next(event for event in controller.events() if event.kind == "found")
+        peaks.append(float(found.reason.rpartition(" ")[2]))
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.3)  # rounding grows along a ramp
+
+
+@pytest.mark.cuda
+def test_the_check_at_step_one_waits_for_nothing():
+    task = Task("SGD", 1e-12, "cuda")
+    controller = adaptlr.AdaptiveLR(task.optimizer, 300, snapshot="off")
+    loss = task.loss()
+    loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        controller.step(loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert [event.kind for event in controller.events()] == ["far_lr"]
+    with pytest.warns(UserWarning, match="below what the first gradient suggests"):
+        task.train(controller, 1)
