@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 import torch
 from torch.compiler import is_dynamo_compiling
+from torch.optim.lr_scheduler import LRScheduler
 
 from adaptlr import compiled
 from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable
@@ -20,6 +21,7 @@ from adaptlr.config import Decay, Guard, ResolvedConfig, require
 from adaptlr.events import Event
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
+from adaptlr.scheduler_decay import SchedulerDecay
 from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
 
@@ -42,10 +44,12 @@ class AdaptiveLR:
         lr: Peak of the largest group; the others keep their ratios to it. ``None``: every group's
             own (its ``initial_lr`` where a scheduler has left one).
         warmup: Linear warm-up, in steps (int) or as a share of the run (float). Large batches and
-            adapters do well with 0.03, full fine-tuning with 0.1.
+            adapters do well with 0.03, full fine-tuning with 0.1, which is the default; where
+            ``decay`` is a scheduler, that is 0, since the scheduler may have one of its own.
         decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"``,
-            ``"cosine_restarts"``, a `Schedule` with parameters, or a callable ``step ->
-            multiplier``, which is tabulated once and takes over after warm-up.
+            ``"cosine_restarts"``, a `Schedule` with parameters, a callable ``step -> multiplier``,
+            or a scheduler of torch or transformers that has not been stepped, and should not be.
+            The last two are tabulated once and take over after warm-up.
         min_lr_ratio: Where the decay ends, as a share of the peak, in [0, 1].
         guard: What to do about trouble (`Guard`); ``None`` switches it off: the learning rate is
             then a function of the step alone.
@@ -91,7 +95,7 @@ class AdaptiveLR:
         total_steps: int | None,
         *,
         lr: float | Literal["auto"] | None = None,
-        warmup: float = 0.1,
+        warmup: float | None = None,
         decay: Decay = "cosine",
         min_lr_ratio: float = 0.0,
         guard: Guard | None = Guard(),  # noqa: B008 (frozen)
@@ -128,13 +132,18 @@ class AdaptiveLR:
         )
         require(snapshot in SNAPSHOTS, "snapshot", f"one of {SNAPSHOTS}", snapshot)
         _check_callables(model, on_event=on_event, on_rollback=on_rollback)
+        peaks = initial_peaks(self._optimizer, lr)
+        if isinstance(decay, LRScheduler):
+            decay = SchedulerDecay(decay, total_steps)
+            warmup = 0 if warmup is None else warmup
+            peaks = [peak * decay.highest for peak in peaks] if lr is None else peaks
         config = ResolvedConfig(
             total_steps=total_steps,
-            warmup=warmup,
+            warmup=0.1 if warmup is None else warmup,
             decay=decay,
             min_lr_ratio=min_lr_ratio,
             guard=guard,
-            peaks=initial_peaks(self._optimizer, lr),
+            peaks=peaks,
         )
         self._history_size = history_size
         self._path = choose_path(self._optimizer, config, history_size, device_path)
