@@ -30,10 +30,10 @@ class SchedulerDecay:
 
     def __init__(self, scheduler: LRScheduler, total_steps: int | None) -> None:
         """Copy the scheduler, and run the copy to the end."""
-        if isinstance(scheduler, ReduceLROnPlateau) or hasattr(scheduler, "num_bad_epochs"):
+        if isinstance(scheduler, ReduceLROnPlateau):
             raise TypeError(
-                f"decay must follow the step alone, got {type(scheduler).__name__}, which reacts to "
-                "a metric: name a decay such as 'constant', and let the guard watch the loss"
+                f"decay must follow the step alone, got {type(scheduler).__name__}, which reacts "
+                "to a metric: name a decay such as 'constant', and let the guard watch the loss"
             )
         parts = getattr(scheduler, "_schedulers", [scheduler])  # a ChainedScheduler has no clock
         stepped = parts[0].last_epoch
