@@ -43,7 +43,8 @@ class SchedulerDecay:
             raise ValueError("total_steps must be an int for a decay that is a scheduler")
         self._name = type(scheduler).__name__
         optimizer = scheduler.optimizer
-        self._groups = [_bare(group) for group in optimizer.param_groups]
+        groups = zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True)
+        self._groups = [_bare(group) | {"lr": float(lr)} for group, lr in groups]
         stand_in = SimpleNamespace(param_groups=self._groups, step=_step, _opt_called=True)
         self._copy = copy.deepcopy(scheduler, {id(optimizer): stand_in})
         self._multipliers = [self._multiplier()]
