@@ -16,10 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from frameworks import BATCH, STEPS, batches_of, digits, state_of  # noqa: E402
+from frameworks import BATCH, STEPS, batches_of, digits, one_thread, state_of  # noqa: E402, F401
 
 from adaptlr.integrations.transformers import AdaptiveLRCallback, attach  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PEAK, WARMUP = 1e-2, 4
 FORMS = ("attach", "callback")
 # What peft and trl still ask transformers for.
