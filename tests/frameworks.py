@@ -49,12 +49,3 @@ def loss_of(network: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
 def state_of(module: torch.nn.Module) -> list[torch.Tensor]:
     """Return parameters and buffers."""
     return [tensor.detach().clone() for tensor in module.state_dict().values()]
-
-
-@pytest.fixture
-def one_thread():
-    """Keep torch to one thread: more only wait for each other in models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

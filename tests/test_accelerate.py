@@ -19,7 +19,6 @@ from frameworks import (  # noqa: E402
     digits,
     loss_of,
     make_network,
-    one_thread,  # noqa: F401
     state_of,
 )
 

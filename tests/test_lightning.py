@@ -24,7 +24,6 @@ from frameworks import (
     digits,
     loss_of,
     make_network,
-    one_thread,  # noqa: F401
     state_of,
 )
 from lightning.pytorch.plugins import MixedPrecision

@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from frameworks import BATCH, STEPS, batches_of, digits, one_thread, state_of  # noqa: E402, F401
+from frameworks import BATCH, STEPS, batches_of, digits, state_of  # noqa: E402
 
 from adaptlr.integrations.transformers import AdaptiveLRCallback, attach  # noqa: E402
 
