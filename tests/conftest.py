@@ -53,6 +53,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let every test have its own settings: Accelerate keeps them for the whole process."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)  # transformers 4 leaves it set
+    yield
+    state = pytest.importorskip("accelerate").state
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+
+
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Mean squared error against a fixed function of the inputs."""
     return (model(batch)[:, 0] - batch[:, 0] * batch[:, 1]).pow(2).mean()

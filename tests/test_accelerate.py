@@ -25,15 +25,7 @@ from frameworks import (  # noqa: E402
 from adaptlr.integrations import require  # noqa: E402
 from adaptlr.integrations.accelerate import attach  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its settings for the whole process."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
 def make_optimizer(network: torch.nn.Module, fused: bool = False) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from frameworks import BATCH, STEPS, batches_of, digits, state_of  # noqa: E402
 
 from adaptlr.integrations.transformers import AdaptiveLRCallback, attach  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 PEAK, WARMUP = 1e-2, 4
 FORMS = ("attach", "callback")
 # What peft and trl still ask transformers for.
@@ -64,6 +64,7 @@ def make_trainer(
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": BATCH,
+        "optim": "adamw_torch_fused",
         "learning_rate": PEAK,
         "lr_scheduler_type": "cosine",
         "warmup_steps": WARMUP,

@@ -11,7 +11,7 @@ import torch
 from adaptlr.controller import AdaptiveLR
 from adaptlr.integrations import drop_waiting, require
 
-require("lightning", "2.0")
+require("lightning", "2.2")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 
