@@ -136,8 +136,8 @@ def test_what_cannot_be_attached_is_refused():
     run.controller.detach()
     with pytest.raises(TypeError, match=r"accelerator.prepare.* returned, got AdamW"):
         attach(run.accelerator, run.optimizer.optimizer, 10)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'gard'"):
-        attach(run.accelerator, run.optimizer, 10, gard=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sentry'"):
+        attach(run.accelerator, run.optimizer, 10, sentry=None)
     assert "backward" not in vars(run.accelerator)
     attach(run.accelerator, run.optimizer, 10)
     with pytest.raises(TypeError, match="loss must be a tensor, got NoneType: the model has ret"):

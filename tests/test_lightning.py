@@ -221,7 +221,7 @@ def test_what_cannot_be_controlled_is_refused(module, settings, message, tmp_pat
 
 
 def test_options_are_checked_at_once():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'gard'"):
-        AdaptiveLRCallback(gard=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sentry'"):
+        AdaptiveLRCallback(sentry=None)
     with pytest.raises(RuntimeError, match=r"made when trainer.fit\(\) has begun"):
         _ = AdaptiveLRCallback().controller

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def make_trainer(
     kind=Sequential,
     **args,
 ):
-    """Return a Trainer that logs every step, and its callback."""
+    """Return a Trainer that logs every step, and its callback; without one if form is None."""
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": BATCH,
@@ -86,7 +87,9 @@ def make_trainer(
         optimizers=optimizers,
         callbacks=[callback] if callback else None,
     )
-    return trainer, callback or attach(trainer, **(options or {}))
+    if form == "attach":
+        callback = attach(trainer, **(options or {}))
+    return trainer, callback
 
 
 def logged(trainer, name: str) -> list[float]:
@@ -327,6 +330,35 @@ def test_sft_trainer_takes_it_as_any_trainer(tmp_path):
     assert logged(trainer, "learning_rate") == history["lr"].tolist()
 
 
+def gpu_waits(folder, form, steps, precision) -> int:
+    """Return how often a whole training waits for the GPU, as far as torch sees it."""
+    settings = {"logging_strategy": "no", "logging_nan_inf_filter": False, precision: True}
+    trainer, callback = make_trainer(folder, form, use_cpu=False, max_steps=steps, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer.train()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    if callback is not None:
+        torch.cuda.synchronize()
+        assert len(callback.controller.history()) == steps
+        assert trainer.lr_scheduler.get_last_lr()[0] == callback.controller.lr
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_waits_no_more_often_for_the_gpu_than_without_adaptlr(precision, tmp_path):
+    ours, theirs = (
+        gpu_waits(tmp_path, form, 2 * STEPS, precision)
+        - gpu_waits(tmp_path, form, STEPS, precision)
+        for form in ("attach", None)
+    )
+    assert ours == theirs
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 
@@ -346,8 +378,8 @@ def test_it_is_attached_once_and_its_options_are_checked(tmp_path):
         _ = callback.controller
     with pytest.raises(TypeError, match=r"trainer must be a transformers\.Trainer, got int"):
         attach(3)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'gard'"):
-        AdaptiveLRCallback(gard=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sentry'"):
+        AdaptiveLRCallback(sentry=None)
     with pytest.raises(TypeError, match="multiple values for argument 'total_steps'"):
         AdaptiveLRCallback(total_steps=3)
 

@@ -145,9 +145,9 @@ class ReportingScheduler(LRScheduler):
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
         """Return every group's learning rate as numbers, without waiting for the device."""
-        config = self._controller._attachment.config
-        share = self._controller.lr / max(config.peaks)
-        return [peak * share for peak in config.peaks]
+        peaks = self._controller._attachment.config.peaks
+        lr, highest = self._controller.lr, max(peaks)
+        return [lr * (peak / highest) for peak in peaks]
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the controller's state travels with the optimizer's."""
