@@ -21,7 +21,6 @@ from adaptlr.config import Decay, Guard, ResolvedConfig, require
 from adaptlr.events import Event
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
-from adaptlr.scheduler_decay import SchedulerDecay
 from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
 
@@ -134,6 +133,8 @@ class AdaptiveLR:
         _check_callables(model, on_event=on_event, on_rollback=on_rollback)
         peaks = initial_peaks(self._optimizer, lr)
         if isinstance(decay, LRScheduler):
+            from adaptlr.scheduler_decay import SchedulerDecay  # most runs do without it
+
             decay = SchedulerDecay(decay, total_steps)
             warmup = 0 if warmup is None else warmup
             peaks = [peak * decay.highest for peak in peaks] if lr is None else peaks

