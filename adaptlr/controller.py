@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from adaptlr import compiled
 from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable
 from adaptlr.attachment import FAILED, Attachment
-from adaptlr.checkpoint import KEY
+from adaptlr.checkpoint import KEY, unpack
 from adaptlr.config import Decay, Guard, ResolvedConfig, require
 from adaptlr.events import Event
 from adaptlr.hooks import Hooks, unwrap
@@ -138,6 +138,9 @@ class AdaptiveLR:
             decay = SchedulerDecay(decay, total_steps)
             warmup = 0 if warmup is None else warmup
             peaks = [peak * decay.highest for peak in peaks] if lr is None else peaks
+        loaded = self._optimizer.param_groups[0].get(KEY)  # a checkpoint that came before us
+        if loaded is not None and lr is None:
+            peaks = list(unpack(loaded, len(peaks)).made_peaks)
         config = ResolvedConfig(
             total_steps=total_steps,
             warmup=0.1 if warmup is None else warmup,
@@ -153,6 +156,9 @@ class AdaptiveLR:
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
+        if loaded is not None:
+            del self._optimizer.param_groups[0][KEY]
+            self.load_state_dict({KEY: loaded})
 
     # -- the loop -------------------------------------------------------------
 
