@@ -216,6 +216,14 @@ def test_options_win_over_the_arguments_of_the_trainer(form, tmp_path):
     assert callback.controller.history()["lr"].tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_that_is_shorter_than_its_warm_up_stays_on_it(form, tmp_path):
+    trainer, callback = make_trainer(tmp_path, form, max_steps=4, warmup_steps=8)
+    trainer.train()
+    expected = [PEAK * step / 8 for step in range(4)]
+    assert callback.controller.history()["lr"].tolist() == pytest.approx(expected)
+
+
 class Poisoned(Sequential):
     """Has a loss that is not a number at one step."""
 
