@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch.optim.lr_scheduler import LRScheduler
 
 from adaptlr import _extension
 
@@ -157,7 +158,7 @@ class Schedule:
             require(finite, "timescale", "positive and finite", self.timescale)
 
 
-Decay = DecayName | Schedule | Callable[[int], float]
+Decay = DecayName | Schedule | Callable[[int], float] | LRScheduler
 
 
 def _clip(value: float, low: int, high: int) -> int:
@@ -220,7 +221,8 @@ class ResolvedConfig:
             schedule = Schedule(decay)
         elif not callable(decay) and not isinstance(decay, Schedule):
             raise TypeError(
-                f"decay must be a name, a Schedule or a callable, got {type(decay).__name__}"
+                f"decay must be a name, a Schedule, a scheduler or a callable, "
+                f"got {type(decay).__name__}"
             )
         self._schedule = schedule
         self._table: npt.NDArray[np.float64] | None = None

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import numpy.typing as npt
 import torch
 from torch.compiler import is_dynamo_compiling
+from torch.optim.lr_scheduler import LRScheduler
 
 from adaptlr import compiled
 from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable, resolve_search
 from adaptlr.attachment import FAILED, Attachment
-from adaptlr.checkpoint import KEY
+from adaptlr.checkpoint import KEY, unpack
 from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
 from adaptlr.events import Event
 from adaptlr.first_gradient import FirstGradient
@@ -51,10 +52,12 @@ class AdaptiveLR:
             ratios only. Needs a guard that acts; without snapshots the first gradient decides
             alone.
         warmup: Linear warm-up, in steps (int) or as a share of the run (float). Large batches and
-            adapters do well with 0.03, full fine-tuning with 0.1.
+            adapters do well with 0.03, full fine-tuning with 0.1, which is the default; where
+            ``decay`` is a scheduler, that is 0, since the scheduler may have one of its own.
         decay: ``"cosine"``, ``"linear"``, ``"constant"``, ``"wsd"``, ``"inverse_sqrt"``,
-            ``"cosine_restarts"``, a `Schedule` with parameters, or a callable ``step ->
-            multiplier``, which is tabulated once and takes over after warm-up.
+            ``"cosine_restarts"``, a `Schedule` with parameters, a callable ``step -> multiplier``,
+            or a scheduler of torch or transformers that has not been stepped, and should not be.
+            The last two are tabulated once and take over after warm-up.
         min_lr_ratio: Where the decay ends, as a share of the peak, in [0, 1].
         guard: What to do about trouble (`Guard`); ``None`` switches it off: the learning rate is
             then a function of the step alone.
@@ -104,7 +107,7 @@ class AdaptiveLR:
         total_steps: int | None,
         *,
         lr: float | Literal["auto"] | None = None,
-        warmup: float = 0.1,
+        warmup: float | None = None,
         decay: Decay = "cosine",
         min_lr_ratio: float = 0.0,
         guard: Guard | None = Guard(),  # noqa: B008 (frozen)
@@ -135,25 +138,40 @@ class AdaptiveLR:
         )
         require(snapshot in SNAPSHOTS, "snapshot", f"one of {SNAPSHOTS}", snapshot)
         _check_callables(model, on_event=on_event, on_rollback=on_rollback)
+        peaks = initial_peaks(self._optimizer, lr)
+        if isinstance(decay, LRScheduler):
+            from adaptlr.scheduler_decay import SchedulerDecay  # most runs do without it
+
+            decay = SchedulerDecay(decay, total_steps)
+            warmup = 0 if warmup is None else warmup
+            peaks = [peak * decay.highest for peak in peaks] if lr is None else peaks
+        loaded = self._optimizer.param_groups[0].get(KEY)  # a checkpoint that came before us
+        if loaded is not None and lr is None:
+            peaks = list(unpack(loaded, len(peaks)).made_peaks)
         config = ResolvedConfig(
             total_steps=total_steps,
-            warmup=warmup,
+            warmup=0.1 if warmup is None else warmup,
             decay=decay,
             min_lr_ratio=min_lr_ratio,
             guard=guard,
-            peaks=initial_peaks(self._optimizer, lr),
+            peaks=peaks,
             search=resolve_search(self._optimizer, lr, search, guard, snapshot),
         )
         self._history_size = history_size
+        is_fresh = not any(self._optimizer.state.values())
         self._path = choose_path(self._optimizer, config, history_size, device_path)
         snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
-        gradient = FirstGradient(self._optimizer, config, self._path, check_lr)
+        asked = is_fresh and (check_lr or config.search_steps >= 0)
+        gradient = FirstGradient(self._optimizer, config, self._path, asked)
         self._attachment = Attachment(
             self._optimizer, config, self._path, snapshots, gradient, on_event
         )
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
+        if loaded is not None:
+            del self._optimizer.param_groups[0][KEY]
+            self.load_state_dict({KEY: loaded})
 
     # -- the loop -------------------------------------------------------------
 

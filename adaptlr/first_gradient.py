@@ -29,14 +29,19 @@ class FirstGradient:
         optimizer: torch.optim.Optimizer,
         config: ResolvedConfig,
         path: Path,
-        checks: bool,
+        asked: bool,
     ) -> None:
-        """Ask to be called before the first step, if there is something to be told."""
+        """Ask to be called before the first step, if there is something to be told.
+
+        Args:
+            asked: Whether anything is to be told; false of an optimizer that had state before
+                ``path`` was chosen, which may have given it some.
+        """
         self._optimizer = optimizer
         self._config = config
         self._path = path
-        wanted = checks or config.search_steps >= 0
-        self._family = update_family(optimizer) if wanted else None
+        self._state, self._entries = optimizer.state, self._count_entries()
+        self._family = update_family(optimizer) if asked else None
         if self._family is not None:
             path.prepares = True
 
@@ -49,7 +54,8 @@ class FirstGradient:
         if self._family is None or self._path.is_capturing():
             return
         family, self._family = self._family, None
-        if step or any(self._optimizer.state.values()):
+        is_same = self._optimizer.state is self._state and self._count_entries() == self._entries
+        if step or not is_same:
             return
         peaks = self._config.peaks
         ratios = [peak / max(peaks) for peak in peaks]
@@ -57,3 +63,6 @@ class FirstGradient:
         total = gradient_sum(self._optimizer, family, ratios)
         told = torch.nan_to_num(family.relative_change / total, 0.0, 0.0, 0.0)
         self._path.tell_estimate(told)
+
+    def _count_entries(self) -> int:
+        return sum(map(len, self._optimizer.state.values()))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 
 class Attached(Protocol):
@@ -30,12 +29,19 @@ class Attached(Protocol):
         """Take the controller's state out of the optimizer's."""
 
 
+class Removable(Protocol):
+    """What goes when a controller is detached."""
+
+    def remove(self) -> None:
+        """Undo it."""
+
+
 class Hooks:
     """Registers the hooks of one controller on one optimizer, and removes them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, attached: Attached) -> None:
         """Register all of them. A hook after the step only if it is needed: every hook costs."""
-        self._handles: list[RemovableHandle | LoadWatch] = [
+        self._handles: list[Removable] = [
             optimizer.register_step_pre_hook(attached.pre_hook),
             optimizer.register_state_dict_post_hook(lambda _, saved: attached.save(saved)),
             optimizer.register_load_state_dict_pre_hook(lambda _, loaded: attached.check(loaded)),
@@ -45,6 +51,10 @@ class Hooks:
             self._handles.append(LoadWatch(optimizer, attached))
         if attached.post_hook is not None:
             self._handles.append(optimizer.register_step_post_hook(attached.post_hook))
+
+    def add(self, handle: Removable) -> None:
+        """Take what an integration has put in place into our care."""
+        self._handles.append(handle)
 
     def remove(self) -> None:
         """Take every hook off again."""

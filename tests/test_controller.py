@@ -431,6 +431,27 @@ def test_resuming_equals_never_having_stopped(make_model, batches, stop):
     assert any(event.kind == "cut" for event in controller.events())
 
 
+@pytest.mark.parametrize("stop", [1, 66])
+def test_a_checkpoint_may_be_loaded_before_the_controller_is_made(make_model, batches, stop):
+    model = make_model()
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    controller = AdaptiveLR(optimizer, total_steps=80)
+    train(model, optimizer, batches, stop, controller)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, batches, 10, controller)
+    other = make_model(1)
+    resumed = OPTIMIZERS["AdamW"](other.parameters())
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    later = AdaptiveLR(resumed, total_steps=80)
+    assert "adaptlr" not in resumed.param_groups[0]
+    train(other, resumed, batches, 10, later)
+    for field in ("step", "loss", "lr", "level", "factor"):
+        expected = controller.history()[field][stop:].tolist()
+        assert later.history()[field].tolist() == expected, field
+    assert same(parameters_of(other), parameters_of(model))
+
+
 def test_a_checkpoint_carries_the_level_of_the_gradient_norm(make_model):
     first, second = (
         AdaptiveLR(torch.optim.SGD(make_model().parameters(), lr=0.1), total_steps=STEPS)

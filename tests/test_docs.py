@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,57 @@ def test_the_example_of_choosing_a_rate_runs(capsys):
     assert prior.startswith("LRRange(3e-05 to 0.001")
     assert estimate.startswith("LREstimate(")
     assert found.startswith("RangeTest(lr=")
+
+
+# What each page is about, and what it takes.
+GUIDES = {
+    "huggingface": ("accelerate", "transformers"),
+    "accelerate": ("accelerate",),
+    "lightning": ("lightning",),
+    "migrating": (),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_code_of_a_guide_runs(guide, tmp_path, monkeypatch, one_thread):
+    for package in GUIDES[guide]:
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / f"docs/{guide}.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {"__name__": guide}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        exec(compile(block, f"{guide}.md", "exec"), names)
+    controllers = [value for value in names.values() if isinstance(value, adaptlr.AdaptiveLR)]
+    if "callback" in names:
+        controllers.append(names["callback"].controller)
+    assert [len(one.history()) for one in controllers] == [
+        one._attachment.config.total_steps for one in controllers
+    ]
+    assert controllers
+
+
+# The quick ones; hf_trainer.py and sft_lora.py take a model that takes its time.
+EXAMPLES = {
+    "plain_loop": ("sklearn",),
+    "gan": ("sklearn",),
+    "accelerate_loop": ("sklearn", "accelerate"),
+    "lightning_module": ("sklearn", "lightning"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, tmp_path, monkeypatch, capsys, one_thread):
+    for package in EXAMPLES[name]:
+        pytest.importorskip(package)
+    example = ROOT / f"examples/{name}.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(example), "--steps", "20"])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "Status(step=20" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []  # it cleans up
 
 
 @pytest.mark.cuda

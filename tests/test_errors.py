@@ -42,7 +42,11 @@ CONSTRUCTOR = [
     ({"lr": "fast"}, TypeError, "lr must be a float, 'auto' or None, got str"),
     ({"min_lr_ratio": 1.5}, ValueError, "min_lr_ratio must be in [0, 1], got 1.5"),
     ({"decay": "exponential"}, ValueError, "decay must be one of cosine, linear"),
-    ({"decay": 3}, TypeError, "decay must be a name, a Schedule or a callable, got int"),
+    (
+        {"decay": 3},
+        TypeError,
+        "decay must be a name, a Schedule, a scheduler or a callable, got int",
+    ),
     (
         {"decay": lambda step: -1.0},
         ValueError,

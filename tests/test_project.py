@@ -242,3 +242,12 @@ def import_seconds() -> float:
 def test_import_adds_at_most_50_ms_to_that_of_torch():
     # The best of three: another process may have the cores meanwhile.
     assert any(import_seconds() <= 0.05 for _ in range(3))
+
+
+def test_the_core_imports_no_framework():
+    frameworks = "{'accelerate', 'lightning', 'transformers'}"
+    program = f"import sys, adaptlr; print(*{frameworks} & sys.modules.keys())"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == ""
