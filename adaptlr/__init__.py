@@ -4,6 +4,7 @@ from adaptlr.config import Guard, Schedule
 from adaptlr.controller import AdaptiveLR
 from adaptlr.errors import TrainingDiverged
 from adaptlr.events import Event
+from adaptlr.recorder import Recorder
 from adaptlr.telemetry import Action, Flag, Phase, Status
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "Flag",
     "Guard",
     "Phase",
+    "Recorder",
     "Schedule",
     "Status",
     "TrainingDiverged",

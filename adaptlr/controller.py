@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +21,8 @@ from adaptlr.config import Decay, Guard, ResolvedConfig, require
 from adaptlr.events import Event
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
+from adaptlr.recorder import Recorder, open_recorder
+from adaptlr.run_facts import run_facts
 from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
 
@@ -64,13 +67,17 @@ class AdaptiveLR:
             that are back, None if not known; to rewind what is yours. With decisions on a CUDA
             device it is called when the host hears of it, `Status.lag` steps late, and during
             replays of a graph in `check` or `status`.
-        search, check_lr, process_group, recorder: Not available in this version.
+        recorder: A `Recorder`, or the path of its file: what happens is written there while the run
+            goes on, for ``adaptlr report`` and ``adaptlr watch``.
+        search, check_lr, process_group: Not available in this version.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if an argument is out of range, or not available.
         RuntimeError: if the optimizer already has a controller, if several processes train and
-            ``guard`` is not None, or during the capture of a CUDA graph.
+            ``guard`` is not None, during the capture of a CUDA graph, or if the recorder has
+            a controller already.
+        OSError: if the recorder's file cannot be written.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -104,7 +111,7 @@ class AdaptiveLR:
         on_event: Callable[[Event], Any] | None = None,
         on_rollback: Callable[[int | None], Any] | None = None,
         process_group: None = None,
-        recorder: None = None,
+        recorder: Recorder | str | os.PathLike[str] | None = None,
     ) -> None:
         """Check everything, then attach."""
         refuse_unavailable(
@@ -112,7 +119,6 @@ class AdaptiveLR:
             search=search,
             check_lr=check_lr or None,
             process_group=process_group,
-            recorder=recorder,
         )
         self._optimizer = unwrap(optimizer)
         if self._optimizer in _attached:
@@ -136,10 +142,14 @@ class AdaptiveLR:
             guard=guard,
             peaks=initial_peaks(self._optimizer, lr),
         )
+        self._recorder = None if recorder is None else open_recorder(recorder)
         self._history_size = history_size
         self._path = choose_path(self._optimizer, config, history_size, device_path)
         snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
         self._attachment = Attachment(self._optimizer, config, self._path, snapshots, on_event)
+        if self._recorder is not None:
+            facts = run_facts(self._optimizer, config, self._path)
+            self._recorder.attach(self._path.core, self._attachment.own_events, facts)
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
@@ -351,11 +361,14 @@ class AdaptiveLR:
     def detach(self) -> None:
         """Take the hooks off, and give lr as a float and the user's own flags back.
 
-        Waits for the device. `history`, `events` and `status` go on working.
+        Waits for the device, and closes the recorder. `history`, `events` and `status` go on
+        working.
         """
         self._hooks.remove()
         self._attachment.snapshots.release()
         self._path.release()
+        if self._recorder is not None:
+            self._recorder.close()
         _attached.discard(self._optimizer)
 
     def suspended(self) -> AbstractContextManager[None]:
