@@ -1,16 +1,4 @@
-r"""Reads what a `Recorder` has written: parts, seams, torn lines and all.
-
-Example:
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from adaptlr import _extension
-from adaptlr.lines import FORMAT
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder, "run.jsonl")
-    ...     _ = file.write_text(f'{{"format":{FORMAT}}}\n')
-    ...     len(read(file).records)
-    0
-"""
+"""Reads what a `Recorder` has written: parts, seams, torn lines and all."""
 
 from __future__ import annotations
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 
 import numpy as np
 import pytest
 
-from adaptlr import recording
 from adaptlr.lines import FORMAT, NUMBERS, to_json
 from adaptlr.recording import Reader, read
 
@@ -30,10 +28,6 @@ def event(step: int, kind: str = "skip") -> str:
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.jsonl"
-
-
-def test_the_example_runs():
-    assert doctest.testmod(recording).failed == 0
 
 
 def test_a_torn_line_is_counted_wherever_it_is(path):

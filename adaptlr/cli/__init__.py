@@ -18,6 +18,7 @@ except ModuleNotFoundError:
 from adaptlr.cli.bench import bench
 from adaptlr.cli.demo import demo
 from adaptlr.cli.errors import CommandGroup
+from adaptlr.cli.report import report
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -48,3 +49,4 @@ def adaptlr(
 # One line for each command.
 app.command()(demo)
 app.command()(bench)
+app.command()(report)
