@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 import torch
@@ -25,6 +25,9 @@ from adaptlr.recorder import Recorder, open_recorder
 from adaptlr.run_facts import run_facts
 from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("adaptlr")
 
@@ -289,6 +292,19 @@ class AdaptiveLR:
     def events(self) -> list[Event]:
         """Return what the controller did and why, oldest first, without waiting for the device."""
         return self._attachment.events()
+
+    def plot(self) -> Figure:
+        """Draw loss, learning rate and slope with the events, as far as `history` reaches.
+
+        Does not wait for the device. Notebooks show the figure; elsewhere ``savefig`` writes it.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+            ValueError: before the first step.
+        """
+        from adaptlr.plot import plot
+
+        return plot([("", self.history(), self.events())])
 
     def check(self) -> None:
         """Raise `TrainingDiverged` if the guard has ended the run: for loops over a graph."""

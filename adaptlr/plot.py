@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,7 +49,11 @@ def plot(runs: Sequence[Run]) -> Figure:
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if no run has a record.
     """
+    runs = [run for run in runs if len(run[1])]
+    if not runs:
+        raise ValueError("a plot needs the record of one step at least, got none")
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -65,7 +70,15 @@ def plot(runs: Sequence[Run]) -> Figure:
         slope.plot(records["step"], records["t_statistic"], color=color, linewidth=1.2)
         _draw_events((loss, lr, slope), events)
     _finish(loss, lr, slope, [records for _, records, _ in shown])
+    # Notebooks look for this method, and need no pyplot then.
+    setattr(figure, "_repr_png_", lambda: _png(figure))  # noqa: B010
     return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _colors(count: int) -> list[str]:

@@ -41,7 +41,7 @@ def report(
             from adaptlr.report import make_page
 
             target.write_text(make_page(runs, title), encoding="utf-8")
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"{target} cannot be written: {error.strerror}") from None
