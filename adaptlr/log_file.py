@@ -58,24 +58,14 @@ class LogFile:
             self.write(b"\n")  # after a last line that was torn
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        self._descriptor = os.open(self.path, flags, 0o644)
-        self.size = os.fstat(self._descriptor).st_size
-        self._lock()
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(self._descriptor)
-            raise ValueError(
-                f"path must be of one recorder only, but another process writes to {self.path}; "
-                "give every run and every rank a file of its own"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            _lock(descriptor, self.path)
+        except ValueError:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
 
     def write(self, data: bytes) -> None:
         """Append whole lines; all of them or, if that fails, none.
@@ -101,16 +91,35 @@ class LogFile:
 
         Returns:
             The number of the new part, from 1.
+
+        Raises:
+            OSError: if that cannot be done; the file stays usable.
         """
         parts = finished_parts(self.path)
         number = int(parts[-1].name[len(self.path.stem) + 1 :].split(".")[0]) if parts else 0
+        old = self._descriptor
         self.sync()
         os.rename(self.path, part_path(self.path, number + 1))
-        os.close(self._descriptor)
         self._open()
+        os.close(old)
         return number + 2
 
     def close(self) -> None:
         """Close the file; it may be opened again."""
         os.close(self._descriptor)
         _open_paths.discard(self.path)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Keep other processes from writing to the file; file systems without locks let it pass."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"path must be of one recorder only, but another process writes to {path}; "
+            "give every run and every rank a file of its own"
+        ) from None
+    except OSError:
+        pass

@@ -55,7 +55,7 @@ class RecorderThread(threading.Thread):
         self._stopping = threading.Event()
         self._header: Line = {}
         self._unwritten = 0  # lines that a full disk has cost
-        self._told_disk = False
+        self._told_trouble = False
 
     def begin(self, core: Core, own_events: Sequence[Event], header: Line) -> None:
         """Write the header and start."""
@@ -129,23 +129,31 @@ class RecorderThread(threading.Thread):
         before = to_json(gap) if self._unwritten else ""
         try:
             self._file.write((before + "".join(lines)).encode())
-            self._unwritten = 0
-            if self._max_bytes is not None and self._file.size >= self._max_bytes:
-                self._rotate()
         except OSError as error:
             self._unwritten += len(lines)
-            if not self._told_disk:
-                self._told_disk = True
-                logger.warning(
-                    "the recorder cannot write to %s (%s); training goes on, and what is missing "
-                    "is counted in the file once there is room again",
-                    self._file.path,
-                    error.strerror,
-                )
+            return self._tell_trouble("training goes on, and the lines are counted", error)
+        self._unwritten = 0
+        if self._max_bytes is not None and self._file.size >= self._max_bytes:
+            self._rotate()
 
     def _rotate(self) -> None:
-        self._header["part"] = self._file.rotate()
-        self._file.write(to_json(self._stamped_header()).encode())
+        try:
+            self._header["part"] = self._file.rotate()
+            self._file.write(to_json(self._stamped_header()).encode())
+        except OSError as error:
+            self._max_bytes = None
+            self._tell_trouble("no further part is begun", error)
+
+    def _tell_trouble(self, consequence: str, error: OSError) -> None:
+        """Warn, once in a run."""
+        if not self._told_trouble:
+            self._told_trouble = True
+            logger.warning(
+                "the recorder cannot write to %s (%s): %s",
+                self._file.path,
+                error.strerror,
+                consequence,
+            )
 
     def _sync(self) -> None:
         try:

@@ -73,10 +73,14 @@ class WandB:
             raise _missing("WandB", "wandb") from None
         settings = {"project": "adaptlr", "reinit": "create_new", **settings}
         self._run = wandb.init(mode=mode, **settings)
+        self._run.define_metric("adaptlr/*", step_metric="adaptlr/step")
 
     def __call__(self, line: Line) -> None:
-        """Take one line."""
-        _log_to_run(self._run, line)
+        """Take one line. W&B's own step only grows; ours goes back where a run is resumed."""
+        if "format" in line:
+            self._run.config.update({"adaptlr": line})
+        elif "step" in line:
+            self._run.log({**_named(line), "adaptlr/step": line["step"]})
 
     def close(self) -> None:
         """Finish the run."""
@@ -104,7 +108,8 @@ class Trackio:
 
     def __call__(self, line: Line) -> None:
         """Take one line."""
-        _log_to_run(self._run, line)
+        if "step" in line:
+            self._run.log(_named(line), step=line["step"])
 
     def close(self) -> None:
         """Finish the run."""
@@ -203,12 +208,8 @@ def _scalars(line: Line) -> dict[str, float]:
     return {name: line[name] for name in (*NUMBERS, "grad_norm") if name in line}
 
 
-def _log_to_run(run: Any, line: Line) -> None:
-    scalars = _scalars(line)
-    if scalars:
-        named = {f"adaptlr/{name}": value for name, value in scalars.items()}
-        run.log(named, step=line["step"])
-    elif "event" in line:
-        run.log({"adaptlr/event": f"{line['event']}: {line['reason']}"}, step=line["step"])
-    elif "format" in line:
-        run.config.update({"adaptlr": line})
+def _named(line: Line) -> dict[str, Any]:
+    """Return what a tracker is to show of a record or an event."""
+    if "event" in line:
+        return {"adaptlr/event": f"{line['event']}: {line['reason']}"}
+    return {f"adaptlr/{name}": value for name, value in _scalars(line).items()}

@@ -159,3 +159,26 @@ def test_report_says_what_is_wrong_in_a_line(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     result = run("report", tmp_path / "foreign.jsonl", "-o", tmp_path)
     assert result.exit_code == 2
+
+
+def test_a_run_without_steps_has_a_page_and_no_picture(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    control = AdaptiveLR(optimizer, total_steps=64, recorder=tmp_path / "run.jsonl")
+    control.detach()
+    page = make_page([read(tmp_path / "run.jsonl")])
+    assert "No step was recorded." in page
+    assert in_browser(page, "", tmp_path).count("<canvas") == 3
+    result = run("report", tmp_path / "run.jsonl", "--png")
+    assert "a plot needs the record of one step at least" in result.stderr
+
+
+def test_a_run_of_broken_losses_has_a_page(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    control = AdaptiveLR(optimizer, total_steps=64, recorder=tmp_path / "run.jsonl")
+    with pytest.raises(RuntimeError):
+        for _ in range(20):
+            control.step(math.nan)
+    control.detach()
+    page = make_page([read(tmp_path / "run.jsonl")])
+    assert "ended by the guard" in page
+    assert in_browser(page, "", tmp_path).count("<canvas") == 3

@@ -83,6 +83,7 @@ def test_watch_shows_where_the_run_stands(recorded):
     assert "256 of 256 steps" in result.stdout
     assert f"{recording.records['level'][-1]:.4g}" in result.stdout
     assert recording.events[-1].kind in result.stdout
+    assert "256 of 256 steps" in run("watch", recorded).stdout  # ends with the recording
     found = json.loads(run("watch", recorded, "--once", "--json").stdout)
     assert found["steps"] == 256
     assert found["level"] == recording.records["level"][-1]
