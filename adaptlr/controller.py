@@ -22,7 +22,6 @@ from adaptlr.events import Event
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
 from adaptlr.recorder import Recorder, open_recorder
-from adaptlr.run_facts import run_facts
 from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
 
@@ -151,6 +150,8 @@ class AdaptiveLR:
         snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
         self._attachment = Attachment(self._optimizer, config, self._path, snapshots, on_event)
         if self._recorder is not None:
+            from adaptlr.run_facts import run_facts
+
             facts = run_facts(self._optimizer, config, self._path)
             self._recorder.attach(self._path.core, self._attachment.own_events, facts)
         self._hooks = Hooks(self._optimizer, self._attachment)

@@ -7,15 +7,16 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptlr.config import require
 from adaptlr.events import Event
-from adaptlr.lines import Line
-from adaptlr.log_file import LogFile
-from adaptlr.recorder_thread import RecorderThread
-from adaptlr.ring_reader import Core
-from adaptlr.sinks import Command, Sink
+
+if TYPE_CHECKING:
+    from adaptlr.lines import Line
+    from adaptlr.recorder_thread import RecorderThread
+    from adaptlr.ring_reader import Core
+    from adaptlr.sinks import Sink
 
 _MIN_BYTES = 4096
 
@@ -64,6 +65,11 @@ class Recorder:
         on_event: Callable[[Event], Any] | str | None = None,
     ) -> None:
         """Open the file."""
+        # Not at the top, so that importing adaptlr stays quick for those who record nothing.
+        from adaptlr.log_file import LogFile
+        from adaptlr.recorder_thread import RecorderThread
+        from adaptlr.sinks import Command
+
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every must be an int, got {type(every).__name__}")
         require(every >= 1, "every", "at least 1", every)
