@@ -146,7 +146,12 @@ class AdaptiveLR:
         )
         self._recorder = None if recorder is None else open_recorder(recorder)
         self._history_size = history_size
-        self._path = choose_path(self._optimizer, config, history_size, device_path)
+        try:
+            self._path = choose_path(self._optimizer, config, history_size, device_path)
+        except BaseException:
+            if self._recorder is not None and self._recorder is not recorder:
+                self._recorder.close()  # a traceback would keep it open, and its file locked
+            raise
         snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
         self._attachment = Attachment(self._optimizer, config, self._path, snapshots, on_event)
         if self._recorder is not None:

@@ -44,7 +44,10 @@ class LogFile:
         """
         self.path = path.absolute()
         if self.path in _open_paths:
-            raise ValueError(f"path must be of one recorder only, got {path} twice")
+            raise ValueError(
+                f"path must be of one recorder only, but another one writes to {path}; detach() "
+                "its controller, or choose another path"
+            )
         try:
             self._open()
         except OSError as error:

@@ -244,6 +244,13 @@ def test_one_recorder_is_for_one_controller(tmp_path):
         controller(recorder)
 
 
+def test_a_controller_that_cannot_be_made_leaves_its_file_free(tmp_path):
+    with pytest.raises(ValueError, match="device_path") as raised:
+        controller(tmp_path / "run.jsonl", device_path="fused")
+    controller(tmp_path / "run.jsonl").detach()
+    assert raised.tb is not None  # with the half-made controller in its frames
+
+
 HOLDER = """
 import fcntl, sys
 file = open(sys.argv[1], "ab")
