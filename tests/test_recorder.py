@@ -356,11 +356,15 @@ def test_csv_and_tensorboard_take_the_records(tmp_path):
 
 @pytest.mark.parametrize("name", ["WandB", "Trackio"])
 def test_trackers_take_the_records(tmp_path, monkeypatch, name, caplog):
-    pytest.importorskip(name.lower())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # before trackio is imported
+    pytest.importorskip(name.lower())
     control = controller(Recorder(tmp_path / "run.jsonl", sinks=[getattr(sinks, name)()]))
     for loss in (2.0, math.nan, 1.75):
         control.step(loss)
     control.detach()
     assert not [entry for entry in caplog.records if entry.name == "adaptlr"]
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".jsonl"]
+    kept = [file.read_bytes() for file in files]
+    assert any(b"adaptlr/loss" in content for content in kept)
+    assert any(b"the loss is nan; step skipped" in content for content in kept)

@@ -143,4 +143,5 @@ def _events(events: list[RecordedEvent]) -> RenderableType:
     for event in events[-EVENTS:]:
         kind = Text(event.kind, style=COLORS.get(event.kind, "cyan"))
         grid.add_row(Text(f"{event.step:,}", style="dim", justify="right"), kind, event.reason)
-    return Group(Text(f"\n{len(events):,} events, the last of them", style="dim"), grid)
+    title = "the only event" if len(events) == 1 else f"{len(events):,} events, the last of them"
+    return Group(Text(f"\n{title}", style="dim"), grid)
