@@ -9,7 +9,8 @@ A recording is JSON Lines in UTF-8. Every line is one object, told apart by its 
   Unix time at which the host read it.
 - ``event``: the kind of an event, with ``step``, ``reason``, ``lr``, ``factor`` and ``time``.
 - ``gap``: a number of records or events (``of``) that are lost, and ``why``.
-- ``end``: why the recording was closed. Without it the process was killed, or still runs.
+- ``end``: ``closed``, or ``failed`` where the recorder itself has failed. Without this line the
+  process was killed, or still runs.
 
 JSON knows no NaN and no infinity: they are the strings "NaN", "Infinity" and "-Infinity", which
 ``float()`` reads. Numbers have nine significant digits, enough to give a float32 back exactly.

@@ -59,11 +59,11 @@ class RecorderThread(threading.Thread):
 
     def begin(self, core: Core, own_events: Sequence[Event], header: Line) -> None:
         """Write the header and start."""
-        self.begun = True
         self._rings = RingReader(core)
         self._own_events, self._own_told = own_events, 0
         self._header = {**header, "part": 1}
         self._file.write(to_json(self._stamped_header()).encode())
+        self.begun = True
         self._tell_sinks([self._stamped_header()])
         self.start()
 
@@ -75,7 +75,7 @@ class RecorderThread(threading.Thread):
         """Stop, and wait for the rest to be written, unless called by the thread itself."""
         self._stopping.set()
         if not self.begun:
-            return self._finish()
+            return self._finish("closed")
         if wait and self.is_alive():
             self.join(_PATIENCE)
             if self.is_alive():
@@ -89,9 +89,10 @@ class RecorderThread(threading.Thread):
             self._turn(last=True)
         except Exception:
             logger.warning("the recorder %s has failed and stops", self._file.path, exc_info=True)
-        self._finish()
+            return self._finish("failed")
+        self._finish("closed")
 
-    def _finish(self) -> None:
+    def _finish(self, end: str) -> None:
         """Close everything. The file last: its end says that the run was left in good order."""
         for sink in self._sinks:
             if hasattr(sink, "close"):
@@ -99,7 +100,7 @@ class RecorderThread(threading.Thread):
         if isinstance(self._on_event, Command):
             self._call(self._on_event, self._on_event.close)
         if self.begun:
-            self._write([to_json({"end": "closed", "time": round(time.time(), 2)})])
+            self._write([to_json({"end": end, "time": round(time.time(), 2)})])
         self._file.close()
 
     # -- one turn -------------------------------------------------------------

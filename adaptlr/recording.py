@@ -162,7 +162,7 @@ class Reader:
             self._events.append((self._count, _event(line)))
         elif "gap" in line:
             self._lost.append(f"{line['gap']} {line['of']}: {line['why']}")
-        self._closed = bool(line) and "end" in (line or {})
+        self._closed = line is not None and line.get("end") == "closed"
 
     def _take_header(self, line: Line) -> None:
         if line["format"] != FORMAT:
