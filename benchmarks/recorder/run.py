@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ RESULT = Path(__file__).parents[1] / "results/recorder_cpu.md"
 
 
 def main() -> None:
-    text = f"# The recorder\n\n{facts_of(torch.device('cpu')).line()}\n"
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    text = f"# The recorder\n\n{facts_of(torch.device('cpu')).line()}, {load}\n"
     for name, title in PARTS.items():
         command = [sys.executable, "-m", f"benchmarks.recorder.{name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
