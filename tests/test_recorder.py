@@ -354,6 +354,17 @@ def test_csv_and_tensorboard_take_the_records(tmp_path):
     assert [scalar.value for scalar in board.Scalars("adaptlr/loss")][::2] == [2.0, 1.75]
 
 
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("TensorBoard", "tensorboard"), ("WandB", "wandb"), ("Trackio", "trackio")],
+)
+def test_a_sink_names_the_package_that_is_missing(tmp_path, monkeypatch, name, package):
+    blocked = "torch.utils.tensorboard" if name == "TensorBoard" else package
+    monkeypatch.setitem(sys.modules, blocked, None)
+    with pytest.raises(ModuleNotFoundError, match=f"{name} needs {package}; pip install"):
+        getattr(sinks, name)(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["WandB", "Trackio"])
 def test_trackers_take_the_records(tmp_path, monkeypatch, name, caplog):
     monkeypatch.chdir(tmp_path)

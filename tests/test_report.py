@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +150,14 @@ def test_report_writes_a_page_and_a_picture(recorded):
         assert result.exit_code == 0, result.output
         assert path.with_name(name).read_bytes().startswith(start)
         assert result.stdout.strip() == str(path.with_name(name))
+
+
+@pytest.mark.parametrize(("package", "option"), [("jinja2", []), ("matplotlib.figure", ["--png"])])
+def test_report_names_the_extra_that_is_missing(recorded, monkeypatch, package, option):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run("report", recorded(), *option)
+    assert result.exit_code == 1
+    assert 'pip install "adaptlr[report]"' in result.stderr
 
 
 def test_report_says_what_is_wrong_in_a_line(tmp_path):
