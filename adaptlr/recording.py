@@ -184,17 +184,18 @@ class Reader:
         records = np.concatenate(self._blocks) if self._blocks else np.zeros(0, RECORD)
         self._blocks = [records]
         # The smallest step from each place on: a record that a later one undercuts is replaced.
-        lowest = np.minimum.accumulate(records["step"][::-1])[::-1]
+        steps = np.ascontiguousarray(records["step"])
+        lowest = np.minimum.accumulate(steps[::-1])[::-1]
         after = np.append(lowest[1:], np.iinfo(np.int64).max)
         bound = np.append(lowest, np.iinfo(np.int64).max)
-        kept = records["step"] < after
+        kept = steps < after
         events = [event for place, event in self._events if event.step < bound[place]]
         # An event may be written just before its record or just after it.
         events += [event for place, event in self._events if event.step == bound[place]]
         return Recording(
             self._path,
             list(self._headers),
-            records[kept],
+            records if kept.all() else records[kept],
             sorted(events, key=lambda event: event.step),
             int((~kept).sum()),
             list(self._lost),
@@ -205,6 +206,9 @@ class Reader:
 
 def _runs(lines: list[bytes]) -> Iterator[tuple[bool, list[bytes]]]:
     """Split lines into runs of records and runs of anything else."""
+    if b"".join(lines).count(_START_OF_RECORD) == len(lines):  # quick, and the usual case
+        yield True, lines
+        return
     start = 0
     kinds = [line.startswith(_START_OF_RECORD) for line in lines]
     for place in range(1, len(lines) + 1):
