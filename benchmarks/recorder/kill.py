@@ -74,8 +74,16 @@ def kill_once(path: Path, seconds: float, pause: float) -> Loss:
     return Loss(done, done - len(steps), float(lost), recording.damaged)
 
 
+def warm_up() -> None:
+    """Take one step, for what torch imports then; no backward, whose threads forbid to fork."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    AdaptiveLR(torch.optim.SGD([parameter], lr=1.0), 1).step(1.0)
+
+
 def kill_often(kills: int, seconds: float, seed: int) -> list[Loss]:
     """Kill so many processes, each within so many seconds."""
+    warm_up()
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         return [
