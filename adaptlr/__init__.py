@@ -7,6 +7,7 @@ from adaptlr.config import Guard, Schedule, Search
 from adaptlr.controller import AdaptiveLR
 from adaptlr.errors import TrainingDiverged
 from adaptlr.events import Event
+from adaptlr.recorder import Recorder
 from adaptlr.telemetry import Action, Flag, Phase, Status
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "LRRange",
     "Phase",
     "RangeTest",
+    "Recorder",
     "Schedule",
     "Search",
     "Status",

@@ -49,6 +49,7 @@ class Attachment:
         path: Where decisions are made.
         snapshots: What a rollback goes back to.
         failure_told: Whether `TrainingDiverged` was raised already.
+        own_events: What the host did by itself, oldest first; grows in place.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Attachment:
         self.failure_told = False
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
-        self._own_events: list[Event] = []
+        self.own_events: list[Event] = []
         self._on_event = on_event
         self._told = 0  # events, to on_event
         path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS | (EVENT if on_event else 0)
@@ -268,11 +269,11 @@ class Attachment:
     def events(self) -> list[Event]:
         """Return what the control step did, and what was asked of it, oldest first."""
         events = make_events(self.path.core.events(0))
-        return sorted([*self._own_events, *events], key=lambda event: event.step)
+        return sorted([*self.own_events, *events], key=lambda event: event.step)
 
     def say(self, kind: str, reason: str, *, step: int, lr: float, factor: float) -> None:
         """Add an event of the host's own."""
-        self._own_events.append(Event(step, kind, reason, lr, factor))
+        self.own_events.append(Event(step, kind, reason, lr, factor))
         logger.info("step %d: %s", step, reason)
 
     def reconfigured(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 import torch
@@ -22,8 +23,12 @@ from adaptlr.events import Event
 from adaptlr.first_gradient import FirstGradient
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
+from adaptlr.recorder import Recorder, open_recorder
 from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("adaptlr")
 
@@ -80,13 +85,17 @@ class AdaptiveLR:
         check_lr: Whether the first step compares a typed lr with what the first gradient suggests:
             one warning if it is more than 10 times off, and a place to restart from if it fails.
             For optimizers whose steps are known (Adam's and SGD's kin), when they are new.
-        process_group, recorder: Not available in this version.
+        recorder: A `Recorder`, or the path of its file: what happens is written there while the run
+            goes on, for ``adaptlr report`` and ``adaptlr watch``.
+        process_group: Not available in this version.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if an argument is out of range, or not available.
         RuntimeError: if the optimizer already has a controller, if several processes train and
-            ``guard`` is not None, or during the capture of a CUDA graph.
+            ``guard`` is not None, during the capture of a CUDA graph, or if the recorder has
+            a controller already.
+        OSError: if the recorder's file cannot be written.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -120,10 +129,10 @@ class AdaptiveLR:
         on_event: Callable[[Event], Any] | None = None,
         on_rollback: Callable[[int | None], Any] | None = None,
         process_group: None = None,
-        recorder: None = None,
+        recorder: Recorder | str | os.PathLike[str] | None = None,
     ) -> None:
         """Check everything, then attach."""
-        refuse_unavailable(process_group=process_group, recorder=recorder)
+        refuse_unavailable(process_group=process_group)
         self._optimizer = unwrap(optimizer)
         if is_attached(self._optimizer):
             raise RuntimeError(
@@ -157,15 +166,26 @@ class AdaptiveLR:
             peaks=peaks,
             search=resolve_search(self._optimizer, lr, search, guard, snapshot),
         )
+        self._recorder = None if recorder is None else open_recorder(recorder)
         self._history_size = history_size
         is_fresh = not any(self._optimizer.state.values())
-        self._path = choose_path(self._optimizer, config, history_size, device_path)
+        try:
+            self._path = choose_path(self._optimizer, config, history_size, device_path)
+        except BaseException:
+            if self._recorder is not None and self._recorder is not recorder:
+                self._recorder.close()  # a traceback would keep it open, and its file locked
+            raise
         snapshots = Snapshots(self._optimizer, model, config, self._path, snapshot, on_rollback)
         asked = is_fresh and (check_lr or config.search_steps >= 0)
         gradient = FirstGradient(self._optimizer, config, self._path, asked)
         self._attachment = Attachment(
             self._optimizer, config, self._path, snapshots, gradient, on_event
         )
+        if self._recorder is not None:
+            from adaptlr.run_facts import run_facts
+
+            facts = run_facts(self._optimizer, config, self._path)
+            self._recorder.attach(self._path.core, self._attachment.own_events, facts)
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
@@ -309,6 +329,19 @@ class AdaptiveLR:
         """Return what the controller did and why, oldest first, without waiting for the device."""
         return self._attachment.events()
 
+    def plot(self) -> Figure:
+        """Draw loss, learning rate and slope with the events, as far as `history` reaches.
+
+        Does not wait for the device. Notebooks show the figure; elsewhere ``savefig`` writes it.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+            ValueError: before the first step.
+        """
+        from adaptlr.plot import plot
+
+        return plot([("", self.history(), self.events())])
+
     def check(self) -> None:
         """Raise `TrainingDiverged` if the guard has ended the run: for loops over a graph."""
         self._attachment.catch_up()
@@ -382,11 +415,14 @@ class AdaptiveLR:
     def detach(self) -> None:
         """Take the hooks off, and give lr as a float and the user's own flags back.
 
-        Waits for the device. `history`, `events` and `status` go on working.
+        Waits for the device, and closes the recorder. `history`, `events` and `status` go on
+        working.
         """
         self._hooks.remove()
         self._attachment.snapshots.release()
         self._path.release()
+        if self._recorder is not None:
+            self._recorder.close()
         _attached.discard(self._optimizer)
 
     def suspended(self) -> AbstractContextManager[None]:

@@ -31,11 +31,10 @@ class FirstGradient:
         path: Path,
         asked: bool,
     ) -> None:
-        """Ask to be called before the first step, if there is something to be told.
+        """Ask to be called before the first step, if something is to be told.
 
-        Args:
-            asked: Whether anything is to be told; false of an optimizer that had state before
-                ``path`` was chosen, which may have given it some.
+        That is not so of an optimizer that had state before ``path`` was chosen, which may have
+        given it some.
         """
         self._optimizer = optimizer
         self._config = config

@@ -120,6 +120,22 @@ class Status:
         """Robust moving variance of the loss about its level, in squared units of the loss."""
         return self.scale * self.scale
 
+    def _repr_html_(self) -> str:
+        """Show a table in notebooks."""
+        cells = {
+            "step": f"{self.step:,}",
+            "loss": f"{self.loss:.4g}",
+            "level ± noise": f"{self.level:.4g} ± {self.scale:.2g}",
+            "slope a step (t)": f"{self.slope:.2g} ({self.t_statistic:.1f})",
+            "lr": f"{self.lr:.3g}",
+            "factor": f"{self.factor:.3g}",
+            "phase": self.phase.name,
+            "flags": ", ".join(flag.name or "" for flag in Flag if flag in self.flags) or "none",
+        }
+        head = "".join(f"<th>{name}</th>" for name in cells)
+        body = "".join(f"<td>{text}</td>" for text in cells.values())
+        return f"<table><tr>{head}</tr><tr>{body}</tr></table>"
+
 
 def make_status(row: npt.NDArray[Any], lag: int, dropped: int) -> Status:
     """Turn the newest record into a `Status`."""

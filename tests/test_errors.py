@@ -62,7 +62,7 @@ CONSTRUCTOR = [
         ValueError,
         "snapshot must be one of ('auto', 'device', 'host', 'off'",
     ),
-    ({"recorder": "run.jsonl"}, ValueError, "recorder='run.jsonl' is not available"),
+    ({"recorder": "missing/run.jsonl"}, OSError, "path must be a file that can be written, got"),
     ({"search": 1}, TypeError, "search must be a Search or None, got int"),
     ({"model": 1}, TypeError, "model must be a torch.nn.Module or None, got int"),
     ({"on_rollback": 1}, TypeError, "on_rollback must be callable or None, got int"),

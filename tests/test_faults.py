@@ -29,7 +29,9 @@ MOST_LOST_BY_FAULT = {
 KEEPS_A_CUT = ("one class at first",)  # it ends before there is a good snapshot to ask
 pytestmark = [  # faults that are meant
     pytest.mark.filterwarnings("ignore:something else"),  # writes lr
-    pytest.mark.filterwarnings("ignore:lr=.* is .* times below"),  # what tiny first gradients suggest
+    pytest.mark.filterwarnings(
+        "ignore:lr=.* is .* times below"
+    ),  # what tiny first gradients suggest
 ]
 
 

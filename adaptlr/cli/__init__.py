@@ -17,7 +17,11 @@ except ModuleNotFoundError:
 
 from adaptlr.cli.bench import bench
 from adaptlr.cli.demo import demo
+from adaptlr.cli.doctor import doctor
 from adaptlr.cli.errors import CommandGroup
+from adaptlr.cli.replay import replay
+from adaptlr.cli.report import report
+from adaptlr.cli.watch import watch
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -48,3 +52,7 @@ def adaptlr(
 # One line for each command.
 app.command()(demo)
 app.command()(bench)
+app.command()(report)
+app.command()(watch)
+app.command()(replay)
+app.command()(doctor)

@@ -1,0 +1,96 @@
+"""A recording is read whatever state it is in; what is none is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from adaptlr.lines import FORMAT, NUMBERS, to_json
+from adaptlr.recording import Reader, read
+
+
+def record(step: int, loss: float = 2.0, **more) -> str:
+    return to_json({"step": step, **dict.fromkeys(NUMBERS, loss), **more})
+
+
+def header(**more) -> str:
+    return to_json({"format": FORMAT, "adaptlr": "0.1.0", "part": 1, **more})
+
+
+def event(step: int, kind: str = "skip") -> str:
+    return to_json(
+        {"event": kind, "step": step, "reason": "", "lr": 0.1, "factor": 1.0, "time": 1.0}
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run.jsonl"
+
+
+def test_a_torn_line_is_counted_wherever_it_is(path):
+    torn = record(1)[:20] + "\n"
+    path.write_text(header() + record(0) + torn + record(2) + "nonsense\n" + record(3)[:30])
+    result = read(path)
+    assert result.records["step"].tolist() == [0, 2]
+    assert result.damaged == 3
+    assert not result.closed
+
+
+def test_what_was_recorded_later_counts(path):
+    first = [*map(record, range(10)), event(3), event(9)]
+    second = [event(5, "resume"), *(record(step, 1.0) for step in range(5, 8)), event(6)]
+    path.write_text("".join([header(), *first, header(), *second, to_json({"end": "closed"})]))
+    result = read(path)
+    assert result.records["step"].tolist() == list(range(8))
+    assert result.records["loss"].tolist() == [2.0] * 5 + [1.0] * 3
+    assert result.replaced == 5
+    assert [(e.step, e.kind) for e in result.events] == [(3, "skip"), (5, "resume"), (6, "skip")]
+    assert result.closed
+
+
+def test_a_run_of_any_length_is_read_in_pieces(path):
+    lines = [header().encode(), *(record(step).encode() for step in range(2500))]
+    reader = Reader(path)
+    for start in range(0, len(lines), 700):
+        reader.feed(lines[start : start + 700])
+        steps = reader.recording().records["step"]
+        assert steps.tolist() == list(range(min(start + 699, 2500)))
+
+
+def test_what_a_line_leaves_out_has_its_usual_value(path):
+    path.write_text(header() + record(0) + record(1, grad_norm=3.0, phase="HOLD", flags=["SPIKE"]))
+    plain, full = read(path).records
+    assert (plain["phase"], plain["flags"], plain["action"]) == (0, 0, 0)
+    assert np.isnan(plain["grad_norm"])
+    assert (full["phase"], full["flags"], full["grad_norm"]) == (2, 2, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty: a recording begins with a header"),
+        ('{"loss": 1.0}\n', "is not a recording of adaptlr: its first line must be a header"),
+        ("step,loss\n0,1.0\n", "is not a recording of adaptlr: its first line must be a header"),
+        (header(format=99), f"must be of format {FORMAT}, got 99, written by adaptlr 0.1.0"),
+        (header() + record(0) + header(format=2), f"must be of format {FORMAT}, got 2, written"),
+    ],
+)
+def test_a_foreign_file_is_refused(path, text, message):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_a_missing_file_is_named(path):
+    with pytest.raises(FileNotFoundError, match=r"path must be a recording, got .*run\.jsonl"):
+        read(path)
+
+
+def test_numbers_survive_as_float32(path):
+    values = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+    lines = (json.loads(record(step, float(value))) for step, value in enumerate(values))
+    path.write_text(header() + "".join(map(to_json, lines)))
+    assert np.array_equal(read(path).records["loss"].astype(np.float32), values)
