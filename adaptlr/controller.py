@@ -83,7 +83,7 @@ class AdaptiveLR:
             replays of a graph in `check` or `status`.
         search: How ``lr="auto"`` goes about it (`Search`).
         check_lr: Whether the first step compares a typed lr with what the first gradient suggests:
-            one warning if it is more than 10 times off, and a place to restart from if it fails.
+            one warning if it is more than 60 times off, and a place to restart from if it fails.
             For optimizers whose steps are known (Adam's and SGD's kin), when they are new.
         recorder: A `Recorder`, or the path of its file: what happens is written there while the run
             goes on, for ``adaptlr report`` and ``adaptlr watch``.

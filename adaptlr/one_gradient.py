@@ -110,7 +110,7 @@ def gradient_sum(
         if (gradients := list(_gradients(group)))
     ]
     if not sums:
-        return torch.zeros(())
+        return torch.zeros((), device=groups[0]["params"][0].device)
     total = torch.stack([part.to(sums[0].device) for part in sums]).sum()
     grad_scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler during a fused step
     return total if grad_scale is None else total / grad_scale.to(total) ** family.power

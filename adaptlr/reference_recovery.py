@@ -330,7 +330,7 @@ def doubt(config: Config, state: State, archive: Archive) -> Orders:
     """Test once; later on, take what the test's ramp had reached if the run has got worse."""
     if is_far_above(state):
         state.restarts += 1
-        return restart(config, state.estimate, state)
+        return start_over(config, state)
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)
@@ -349,7 +349,7 @@ def begin_trial(config: Config, state: State) -> None:
 
 
 def advance_trial(config: Config, state: State, archive: Archive) -> Orders:
-    """Keep the LR of a trial that brings a new lowest level; else undo it, and test."""
+    """Keep the LR of a trial that brings a new lowest level; else undo it, and doubt."""
     progress = coarse_progress(config, state)
     helped = progress.fast_level < state.trial_level - TRIAL_ERRORS * present_error(progress)
     if not helped and state.step - state.phase_step < TRIAL_SAMPLES * config.block_steps:
@@ -362,6 +362,4 @@ def advance_trial(config: Config, state: State, archive: Archive) -> Orders:
         state.cuts += 1
         return Orders()
     state.trials += 1
-    if state.tested or config.snapshot_slots < 3:
-        return Orders()
-    return begin_test(config, state, archive)
+    return Orders() if state.tested else doubt(config, state, archive)

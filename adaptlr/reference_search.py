@@ -35,7 +35,7 @@ def begin_run(config: Config, signals: Signals, state: State) -> Flag:
     if is_scale and is_finite(told) and told > 0:
         state.estimate = told * abs(loss) / config.peak
     if typed:
-        far = state.estimate and not 0.1 <= state.estimate <= 10
+        far = state.estimate and not 1 / 60 <= state.estimate <= 60
         return Flag.FAR_LR if far else Flag(0)
     if config.search_steps and config.snapshot_slots:
         start = state.estimate / SEARCH_REACH or 1 / COARSE_REACH

@@ -140,9 +140,9 @@ class Snapshots:
 
         An eager first step fills the slots anew: weights may be loaded before it.
         """
-        if self._path.prepares and not isinstance(self._path, HostPath):
+        if self.wanted and self._path.prepares and not isinstance(self._path, HostPath):
             self.begin(step)
-            self._path.prepares = bool(self.wanted)
+            self._path.prepares = True
 
     def reload(self, step: int) -> None:
         """Forget what the slots hold: the run goes on from a checkpoint.

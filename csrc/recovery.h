@@ -335,7 +335,8 @@ ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive
   }
 }
 
-/// A soft alarm while the weights are not better than at the start: only a test can tell why. After
+/// A soft alarm while the weights are not better than at the start, or after a trial in vain: only
+/// a test can tell why, unless the first gradient has called the lr much too high all along. After
 /// a test that told nothing, what its ramp has learned is still a better offer than a run that has
 /// got worse since. The lowest level of a ramp and a present one that a chart has picked are both
 /// extremes: their intervals must not overlap, each as wide as its own level is uncertain.
@@ -344,7 +345,7 @@ ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archi
   const Progress p = coarse_progress(config, state);
   if (is_far_above(state)) {
     state.restarts += 1.0;
-    restart(config, state.estimate, state, decision);
+    start_over(config, state, decision);
   } else if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
@@ -380,8 +381,8 @@ ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archiv
   state.cut_factor = state.trial_factor;
   state.trials += 1.0;
   go_on_as_before(state.step, state);
-  if (state.tested == 0.0 && config.snapshot_slots >= kSlots)
-    begin_test(config, archive, state, decision);
+  if (state.tested == 0.0)
+    doubt(config, archive, state, decision);
 }
 
 /// Answers a soft alarm, which asks only for an experiment.
