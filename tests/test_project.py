@@ -230,8 +230,8 @@ def test_stub_names_what_the_extension_exports():
 
 def import_seconds() -> float:
     program = (
-        "import time, torch; start = time.perf_counter(); import adaptlr; "
-        "print(time.perf_counter() - start)"
+        "import time, torch; start = time.process_time(); import adaptlr; "
+        "print(time.process_time() - start)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -240,7 +240,7 @@ def import_seconds() -> float:
 
 
 def test_import_adds_at_most_50_ms_to_that_of_torch():
-    # The best of three: another process may have the cores meanwhile.
+    # Processor time, and the best of three: another process may have the cores meanwhile.
     assert any(import_seconds() <= 0.05 for _ in range(3))
 
 

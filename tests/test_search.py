@@ -332,8 +332,10 @@ def test_a_captured_search_runs_without_the_host():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("device_path", ["fused", "capturable", "float"])
-def test_every_path_finds_the_peak_that_the_cpu_finds(device_path):
+@pytest.mark.parametrize(
+    ("device_path", "tolerance"), [("fused", 1.3), ("capturable", 1.3), ("float", 2.5)]
+)
+def test_every_path_finds_the_peak_that_the_cpu_finds(device_path, tolerance):
     peaks = []
     for device, path in (("cpu", "auto"), ("cuda", device_path)):
         task = Task("AdamW", 10.0, device)
@@ -342,10 +344,12 @@ def test_every_path_finds_the_peak_that_the_cpu_finds(device_path):
         controller.detach()  # waits for the device
         found = next(event for event in controller.events() if event.kind == "found")
         peaks.append(float(found.reason.rpartition(" ")[2]))
-    assert peaks[0] == pytest.approx(peaks[1], rel=0.3)  # rounding grows along a ramp
+    # Rounding grows along a ramp, and lr as a number is two steps late.
+    assert 1 / tolerance < peaks[0] / peaks[1] < tolerance
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_check_at_step_one_waits_for_nothing():
     task = Task("SGD", 1e-12, "cuda")
     controller = adaptlr.AdaptiveLR(task.optimizer, 300, snapshot="off")
