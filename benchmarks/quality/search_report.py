@@ -14,7 +14,7 @@ TOP = """\
 
 # Learning rates that adaptlr finds by itself
 
-`lr="auto"` from rates that say nothing, over eight decades (AdamW) and seven (SGD). Progress
+`lr="auto"` from rates that say nothing, over seven decades (AdamW) and six (SGD). Progress
 recovered, (e0 - e) / (e0 - L\\*): 1 is the best held-out loss of a full sweep of the learning rate,
 0 is nothing learnt. Every run pays for its search with its own steps. {runs} runs; seeds {seeds}.
 """
