@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
-from adaptlr.config import Guard, ResolvedConfig, Search, require
+from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
 from adaptlr.host_path import HostPath
 from adaptlr.one_gradient import update_family
 
@@ -40,6 +41,33 @@ def initial_peaks(optimizer: torch.optim.Optimizer, lr: float | str | None) -> l
     if not 0.0 < largest < float("inf"):
         return [lr] * len(peaks)
     return [peak * (lr / largest) for peak in peaks]
+
+
+class Plan(NamedTuple):
+    """The schedule that was asked for, with its defaults."""
+
+    peaks: list[float]
+    warmup: int | float
+    decay: Decay
+
+
+def resolve_plan(
+    optimizer: torch.optim.Optimizer,
+    lr: float | str | None,
+    warmup: int | float | None,
+    decay: Decay,
+    total_steps: int | None,
+) -> Plan:
+    """Return peaks, warm-up and decay; a scheduler brings its own warm-up, and is tabulated."""
+    peaks = initial_peaks(optimizer, lr)
+    if not isinstance(decay, LRScheduler):
+        return Plan(peaks, 0.1 if warmup is None else warmup, decay)
+    from adaptlr.scheduler_decay import SchedulerDecay  # most runs do without it
+
+    table = SchedulerDecay(decay, total_steps)
+    if lr is None:
+        peaks = [peak * table.highest for peak in peaks]
+    return Plan(peaks, 0 if warmup is None else warmup, table)
 
 
 def resolve_search(

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy.typing as npt
 import torch
 from torch.compiler import is_dynamo_compiling
-from torch.optim.lr_scheduler import LRScheduler
 
 from adaptlr import compiled
-from adaptlr.attach import choose_path, initial_peaks, refuse_unavailable, resolve_search
+from adaptlr.attach import choose_path, refuse_unavailable, resolve_plan, resolve_search
 from adaptlr.attachment import FAILED, Attachment
 from adaptlr.checkpoint import KEY, unpack
 from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
@@ -147,23 +146,17 @@ class AdaptiveLR:
         )
         require(snapshot in SNAPSHOTS, "snapshot", f"one of {SNAPSHOTS}", snapshot)
         _check_callables(model, on_event=on_event, on_rollback=on_rollback)
-        peaks = initial_peaks(self._optimizer, lr)
-        if isinstance(decay, LRScheduler):
-            from adaptlr.scheduler_decay import SchedulerDecay  # most runs do without it
-
-            decay = SchedulerDecay(decay, total_steps)
-            warmup = 0 if warmup is None else warmup
-            peaks = [peak * decay.highest for peak in peaks] if lr is None else peaks
+        plan = resolve_plan(self._optimizer, lr, warmup, decay, total_steps)
         loaded = self._optimizer.param_groups[0].get(KEY)  # a checkpoint that came before us
         if loaded is not None and lr is None:
-            peaks = list(unpack(loaded, len(peaks)).made_peaks)
+            plan = plan._replace(peaks=list(unpack(loaded, len(plan.peaks)).made_peaks))
         config = ResolvedConfig(
             total_steps=total_steps,
-            warmup=0.1 if warmup is None else warmup,
-            decay=decay,
+            warmup=plan.warmup,
+            decay=plan.decay,
             min_lr_ratio=min_lr_ratio,
             guard=guard,
-            peaks=peaks,
+            peaks=plan.peaks,
             search=resolve_search(self._optimizer, lr, search, guard, snapshot),
         )
         self._recorder = None if recorder is None else open_recorder(recorder)
@@ -181,17 +174,21 @@ class AdaptiveLR:
         self._attachment = Attachment(
             self._optimizer, config, self._path, snapshots, gradient, on_event
         )
-        if self._recorder is not None:
-            from adaptlr.run_facts import run_facts
-
-            facts = run_facts(self._optimizer, config, self._path)
-            self._recorder.attach(self._path.core, self._attachment.own_events, facts)
+        self._begin_recording(config)
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
         if loaded is not None:
             del self._optimizer.param_groups[0][KEY]
             self.load_state_dict({KEY: loaded})
+
+    def _begin_recording(self, config: ResolvedConfig) -> None:
+        if self._recorder is None:
+            return
+        from adaptlr.run_facts import run_facts  # most runs do without it
+
+        facts = run_facts(self._optimizer, config, self._path)
+        self._recorder.attach(self._path.core, self._attachment.own_events, facts)
 
     # -- the loop -------------------------------------------------------------
 
