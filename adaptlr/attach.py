@@ -1,4 +1,4 @@
-"""What happens once, when a controller is made: peaks, the choice of path, what is refused."""
+"""What happens once, when a controller is made: defaults, the choice of path, what is refused."""
 
 from __future__ import annotations
 
