@@ -32,6 +32,7 @@ EVENT_NOTICE: Final[int]
 OVERWRITTEN: Final[int]
 # Bits of what a step on the host answers, above the notices.
 SKIP_STEP: Final[int]
+ORDERED: Final[int]
 NEW_GROUPS: Final[int]
 
 # The block of device memory of a DeviceController: its size, and where its parts lie, in bytes.
@@ -133,9 +134,6 @@ class _Loop:
     def before_step(self, optimizer: Any, args: Any, kwargs: Any, /) -> Any:
         """Pre-hook: run the control step; anything unusual goes to step_slowly."""
 
-    def after_step(self, optimizer: Any, args: Any, kwargs: Any, /) -> Any:
-        """Post-hook: have orders for snapshots carried out."""
-
 class HostLoop(_Loop):
     """The part of the host path that runs in every step; see adaptlr.host_path.HostPath."""
 
@@ -176,6 +174,9 @@ class DeviceLoop(_Loop):
         tensor_type: type,
         /,
     ) -> None: ...
+    def after_step(self, optimizer: Any, args: Any, kwargs: Any, /) -> Any:
+        """Post-hook: have orders for snapshots carried out."""
+
     def zero_gradients(self) -> None:
         """Zero all gradients if the step is skipped; those in several pieces go to zero_slowly."""
 

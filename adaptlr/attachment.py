@@ -75,7 +75,7 @@ class Attachment:
         self._told = 0  # events, to on_event
         path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS | (EVENT if on_event else 0)
         self.pre_hook = self._connect(path)
-        self.post_hook = hook_of(path, "after_step") if snapshots.wanted else None
+        self.post_hook = self._connect_after(path) if snapshots.wanted else None
         self._loading: Checkpoint | None = None
 
     def _connect(self, path: Path) -> Callable[..., Any]:
@@ -84,6 +84,10 @@ class Attachment:
         if not isinstance(path, HostPath):
             path.poll = self.poll
         return hook_of(path, "before_step")
+
+    def _connect_after(self, path: Path) -> Callable[..., Any] | None:
+        """Return what the optimizer calls after every step; the host knows beforehand which."""
+        return None if isinstance(path, HostPath) else hook_of(path, "after_step")
 
     # -- steps ----------------------------------------------------------------
 
@@ -126,6 +130,8 @@ class Attachment:
         """Do what a control step asks of the host: skip where it must, and heed notices."""
         if code & _extension.SKIP_STEP:
             self.path.skip()
+        if code & _extension.ORDERED:
+            self.path.await_update()  # type: ignore[union-attr]
         if code & self.path.unheeded:
             self.heed(code)
 

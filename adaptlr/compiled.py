@@ -145,9 +145,9 @@ def _teach_dynamo() -> None:
     except ImportError as error:  # private names; dynamo then traces, and breaks, a little more
         logger.debug("dynamo is not told about adaptlr: %s", error)
         return
-    for loop in (_extension.HostLoop, _extension.DeviceLoop):
-        for hook in (loop.before_step, loop.after_step):
-            torch.compiler.substitute_in_graph(hook, skip_signature_check=True)(_break_graph)
+    device, host = _extension.DeviceLoop, _extension.HostLoop
+    for hook in (host.before_step, device.before_step, device.after_step):
+        torch.compiler.substitute_in_graph(hook, skip_signature_check=True)(_break_graph)
     for module in pkgutil.iter_modules([str(FilePath(__file__).parent)]):
         if module.name not in _TRACED_MODULES:
             skip_module(f"adaptlr.{module.name}")

@@ -161,6 +161,7 @@ class AdaptiveLR:
         )
         self._recorder = None if recorder is None else open_recorder(recorder)
         self._history_size = history_size
+        self._reduction: str = "mean"
         is_fresh = not any(self._optimizer.state.values())
         try:
             self._path = choose_path(self._optimizer, config, history_size, device_path)
@@ -220,13 +221,12 @@ class AdaptiveLR:
         """
         if is_dynamo_compiling():
             return compiled.observe(self._handle, loss, grad_norm, reduction)
-        path = self._path
-        if path.mean is not (reduction == "mean"):
+        if reduction is not self._reduction:
             self._change_reduction(reduction)
         if loss is not None:
-            path.observe(loss)
-        if grad_norm is not None and not path.suspended:
-            path.observe_grad_norm(grad_norm)
+            self._path.observe(loss)
+        if grad_norm is not None and not self._path.suspended:
+            self._path.observe_grad_norm(grad_norm)
 
     def step(
         self,
@@ -272,6 +272,8 @@ class AdaptiveLR:
 
     def _change_reduction(self, reduction: str) -> None:
         require(reduction in ("mean", "sum"), "reduction", "'mean' or 'sum'", reduction)
+        if reduction == self._reduction:
+            return
         if self._path.count:
             raise ValueError("reduction must be the same for all losses of a step")
         if self._path.replayed:
@@ -280,6 +282,7 @@ class AdaptiveLR:
                 "observe(reduction=...) once before the capture"
             )
         self._path.mean = reduction == "mean"
+        self._reduction = reduction
 
     # -- telemetry ------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class HostPath(_extension.HostLoop, Pending):
     name = "float"
     lag = 0
     carry_out: Callable[[int], None]  # set by `Snapshots`
+    _hook: torch.utils.hooks.RemovableHandle
     replayed = False
 
     def __init__(
@@ -80,8 +81,10 @@ class HostPath(_extension.HostLoop, Pending):
         """Run the control step and set the learning rates.
 
         Returns:
-            The notices, with SKIP_STEP added if told to; or NEW_GROUPS alone, and nothing was done.
+            The notices, with SKIP_STEP or ORDERED added where there is something to do; or
+            NEW_GROUPS alone, and nothing was done.
         """
+        self._forget_order()
         groups = self._optimizer.param_groups
         if len(groups) > len(self.written):
             return _extension.NEW_GROUPS
@@ -92,7 +95,22 @@ class HostPath(_extension.HostLoop, Pending):
         self.grad_norm = -1.0
         self.taken()
         self._set(lrs)
-        return notices | (_extension.SKIP_STEP if skip else 0)
+        ordered = _extension.ORDERED if self.order else 0
+        return notices | ordered | (_extension.SKIP_STEP if skip else 0)
+
+    def await_update(self) -> None:
+        """Have the order carried out after this update. A hook for all steps would cost in each."""
+        self._hook = self._optimizer.register_step_post_hook(self._after_update)
+
+    def _after_update(self, *_: object) -> None:
+        order, self.order = self.order, -1
+        if order > 0:
+            self.carry_out(order)
+
+    def _forget_order(self) -> None:
+        if self.order:
+            self.order = 0
+            self._hook.remove()
 
     def skip(self) -> None:
         """Take the gradients away."""
@@ -164,7 +182,8 @@ class HostPath(_extension.HostLoop, Pending):
         return replaced or any(float(tensor) != lr for tensor, lr in self._tensor_lrs)
 
     def release(self) -> None:
-        """Leave the groups as a user without adaptlr expects them: nothing to do for floats."""
+        """Leave the groups, whose rates are the user's floats, and take our last hook off."""
+        self._forget_order()
 
     def saved_group(self, index: int) -> dict[str, Any]:
         """Return what a checkpoint shows of a group in place of the live values."""

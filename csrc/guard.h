@@ -190,15 +190,20 @@ ADAPTLR_HOST_DEVICE inline void advance_phase(const Config& config, State& state
   }
 }
 
-/// Takes a snapshot now and then while the charts are quiet. One that has aged without an alarm
-/// becomes the good one, and the next is taken over the older of the two.
-ADAPTLR_HOST_DEVICE inline void keep_snapshots(const Config& config, const Reading& reading,
-                                               const Archive& archive, State& state,
-                                               Decision& decision) {
-  const bool quiet = state.cusum < kQuietCusum && reading.fast_rise < kQuietRise &&
-                     state.fine.count >= config.snapshot_steps && !is_in(Phase::kRewarm, state);
-  if (!quiet)
-    return;
+/// Whether to take a snapshot: now and then, while the charts are quiet.
+ADAPTLR_HOST_DEVICE inline bool is_snapshot_due(const Config& config, const Reading& reading,
+                                                const State& state) {
+  const double since = state.pending_slot == kNoSlot ? -1e300 : state.pending_step;
+  return config.snapshot_slots >= kSlots && config.guard_mode == GuardMode::kAct &&
+         state.fine.count >= config.snapshot_steps && state.step - since >= config.snapshot_steps &&
+         state.cusum < kQuietCusum && reading.fast_rise < kQuietRise &&
+         !is_in(Phase::kRewarm, state);
+}
+
+/// Takes a snapshot. The last one, which has aged without an alarm, becomes the good one; the new
+/// one is taken over the older of the two.
+ADAPTLR_HOST_DEVICE inline void take_snapshot(const Archive& archive, State& state,
+                                              Decision& decision) {
   if (state.pending_slot != kNoSlot) {
     state.good_slot = state.pending_slot;
     state.restarts = larger(0.0, state.restarts - kForgiven);
@@ -214,12 +219,6 @@ ADAPTLR_HOST_DEVICE inline bool may_experiment(const Config& config, int32_t fla
   return flags & (kNoProgress | kStall) && config.guard_mode == GuardMode::kAct &&
          has_snapshots(config) && state.step >= state.soft_step &&
          state.restarts < config.max_restarts;
-}
-
-ADAPTLR_HOST_DEVICE inline bool is_snapshot_due(const Config& config, const State& state) {
-  return config.snapshot_slots >= kSlots && config.guard_mode == GuardMode::kAct &&
-         (state.pending_slot == kNoSlot ||
-          state.step - state.pending_step >= config.snapshot_steps);
 }
 
 /// A step without a hard alarm.
@@ -241,15 +240,15 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
     return;
   if (may_experiment(config, flags, state))
     experiment(config, archive, flags, reading, state, decision);
-  else if (is_snapshot_due(config, state))
-    keep_snapshots(config, reading, archive, state, decision);
+  else if (is_snapshot_due(config, reading, state))
+    take_snapshot(archive, state, decision);
 }
 
 /// Whether there is nothing to do about this step.
 ADAPTLR_HOST_DEVICE inline bool is_calm(const Config& config, int32_t flags, int32_t alarms,
-                                        const State& state) {
+                                        const Reading& reading, const State& state) {
   return alarms == 0 && is_in(Phase::kRun, state) && !may_experiment(config, flags, state) &&
-         !is_snapshot_due(config, state);
+         !is_snapshot_due(config, reading, state);
 }
 
 /// Answers a step that is not calm.
@@ -318,7 +317,7 @@ ADAPTLR_HOST_DEVICE inline void guard(const Config& config, const Signals& signa
   }
   if (config.guard_mode == GuardMode::kOff)
     return;
-  if (is_calm(config, flags, alarms, state))
+  if (is_calm(config, flags, alarms, reading, state))
     return;
   Decision answer = decision;
   respond(config, Signals{signals}, archive, alarms, Reading{reading}, state, answer);

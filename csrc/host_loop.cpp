@@ -11,7 +11,7 @@ struct HostLoop {
   HostController* controller;
   double total;     // sum of the waiting losses
   double grad_norm; // of the coming step; negative: not given
-  long long order;  // what snapshots are to do after the update: save | restore << 4
+  long long order;  // for snapshots, after the update: save | restore << 4; -1: carried out
   Waiting waiting;
 };
 
@@ -85,9 +85,8 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
     return nullptr;
   HostLoop& loop = loop_of(self);
   const Waiting& waiting = loop.waiting;
-  loop.order = 0;
-  if (waiting.count == 0 || !waiting.plain || waiting.prepares || !is_plain_call(arguments) ||
-      has_new_state(waiting, arguments[0]))
+  if (waiting.count == 0 || loop.order != 0 || !waiting.plain || waiting.prepares ||
+      !is_plain_call(arguments) || has_new_state(waiting, arguments[0]))
     return step_slowly(self, arguments);
   const Owned groups = owned(param_groups_of(arguments[0]));
   if (!groups)
@@ -99,17 +98,9 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
     return nullptr;
   loop.order = order_of(decision);
   const int64_t skip = decision.action == Action::kSkip ? kSkipStep : 0;
-  const int64_t code = loop.controller->flight_record().notices() | skip;
-  return answer(self, code, loop.waiting.unheeded | kSkipStep);
-}
-
-PyObject* after_step(PyObject* self, PyObject* const*, Py_ssize_t) {
-  HostLoop& loop = loop_of(self);
-  if (loop.order == 0)
-    Py_RETURN_NONE;
-  const Owned order = owned(PyLong_FromLongLong(loop.order));
-  loop.order = 0;
-  return order ? PyObject_CallMethodOneArg(self, ADAPTLR_NAME("carry_out"), order.ptr()) : nullptr;
+  const int64_t ordered = loop.order != 0 ? kOrdered : 0;
+  const int64_t code = loop.controller->flight_record().notices() | skip | ordered;
+  return answer(self, code, loop.waiting.unheeded | kSkipStep | kOrdered);
 }
 
 int initialise(PyObject* self, PyObject* args, PyObject*) {
@@ -149,8 +140,6 @@ PyMethodDef methods[] = {
     {"observe", observe, METH_O, "Take one loss in; anything unusual goes to observe_slowly."},
     {"before_step", as_method(before_step), METH_FASTCALL,
      "Pre-hook: run the control step; anything unusual goes to step_slowly."},
-    {"after_step", as_method(after_step), METH_FASTCALL,
-     "Post-hook: hand an order for snapshots, if there is one, to carry_out."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(HostLoop, core), READONLY, nullptr},
@@ -167,6 +156,7 @@ void define_host_loop(pybind11::module_& module) {
   add_loop_type(module, {"adaptlr._extension.HostLoop", sizeof(HostLoop), initialise, traverse,
                          clear, deallocate<clear>, methods, members});
   module.attr("SKIP_STEP") = kSkipStep;
+  module.attr("ORDERED") = kOrdered;
   module.attr("NEW_GROUPS") = kNewGroups;
 }
 

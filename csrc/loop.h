@@ -17,6 +17,7 @@ namespace adaptlr {
 // Bits of what a step answers, above the notices.
 constexpr int64_t kSkipStep = int64_t{1} << 32; // the host is to take the gradients away
 constexpr int64_t kNewGroups = int64_t{1} << 33;
+constexpr int64_t kOrdered = int64_t{1} << 34; // snapshots have something to do after the update
 
 /// The first members of either loop. Python's Pending describes them.
 struct Waiting {

@@ -266,11 +266,15 @@ def test_a_compiled_step_takes_a_closure(make_model, batches):
 def test_a_compiled_step_carries_out_orders_for_snapshots(make_model, batches):
     model, optimizer, controller = attached(make_model)
     start = parameters_of(model)
-    orders = []  # of the coming step; the hook comes before adaptlr's own
-    handle = optimizer.register_step_post_hook(
-        lambda *_: setattr(controller._path, "order", orders.pop() if orders else 0)
-    )
-    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    orders = []  # of the coming step
+
+    @torch.compiler.disable
+    def order(*_: object) -> None:  # behind adaptlr's own hook
+        if orders:
+            controller._path.order = orders.pop()
+            controller._path.await_update()
+
+    optimizer.register_step_pre_hook(order)
     step = torch.compile(lambda loss: controller.step(loss), backend="aot_eager")
     for index, batch in enumerate(batches[:6]):
         if index == 5:

@@ -33,17 +33,14 @@ OPTIMIZERS = {
 
 
 def force(controller: AdaptiveLR, save: int = 0, restore: int = 0) -> None:
-    """Make the coming step order something, as a decision would."""
-
+    """Have an order carried out after the coming update, as one of a decision would be."""
     orders = [save | restore << 4]
 
     def order(*_: object) -> None:
         if orders:
-            controller._path.order = orders.pop()
+            controller._path.carry_out(orders.pop())
 
-    handle = controller._optimizer.register_step_post_hook(order)
-    # The order has to be there before adaptlr's own hook runs.
-    controller._optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    controller._optimizer.register_step_post_hook(order)
 
 
 def frozen(optimizer: torch.optim.Optimizer) -> dict:
