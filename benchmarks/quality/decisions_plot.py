@@ -107,7 +107,7 @@ def shade_phases(axes: Axes, phases: np.ndarray) -> None:
 
 
 def name_events(axes: Axes, events: list[adaptlr.Event]) -> None:
-    """Write the kind of every event at its step, in two rows; leave out one that follows at once."""
+    """Write the kind of every event at its step, in two rows; leave out one that follows soon."""
     transform, last, upper = axes.get_xaxis_transform(), -STEPS, False
     for event in events:
         axes.axvline(event.step, color="0.3", linewidth=0.8, linestyle=(0, (3, 3)))
