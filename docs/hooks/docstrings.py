@@ -53,7 +53,7 @@ class Docstrings(griffe.Extension):
 
         def linked(found: re.Match[str]) -> str:
             name = found[1]
-            first = name.split(".")[0]
+            first = name.removeprefix("adaptlr.").split(".")[0]
             if first in self._names and first != (cls.name if cls else ""):
                 return f"[`{name}`][adaptlr.{first}]"
             if cls is not None and cls.name in self._names and name in own and name != thing.name:
