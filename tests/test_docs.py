@@ -146,6 +146,19 @@ def test_the_graph_example_runs():
     assert "captured" in result.stdout
 
 
+def test_the_page_of_the_command_line_has_every_command_and_its_json():
+    typer = pytest.importorskip("typer")
+    cli = pytest.importorskip("adaptlr.cli")
+    page = (DOCS / "command_line.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.MULTILINE))
+    commands = typer.main.get_command(cli.app).commands
+    assert list(rows) == list(commands)
+    for name, command in commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert ("--json" in options) == ("--json" in rows[name]), name
+        assert set(re.findall(r"--[a-z]+", rows[name])) <= options, name
+
+
 @pytest.mark.parametrize("name", adaptlr.__all__)
 def test_docstring_examples_run(name):
     thing = getattr(adaptlr, name)
