@@ -131,6 +131,22 @@ def test_an_example_runs(name, tmp_path, monkeypatch, capsys, one_thread):
     assert list(tmp_path.iterdir()) == []  # it cleans up
 
 
+def test_the_first_run_of_how_it_decides_goes_as_its_page_says(tmp_path, one_thread):
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    from benchmarks.quality import decisions_plot as plot
+
+    controller = plot.train(torch.optim.AdamW, 1e-2, plot.single_batches)
+    page = (DOCS / "how_it_decides.md").read_text(encoding="utf-8")
+    (event,) = controller.events()
+    assert f"**{event.kind}**, step {event.step}: {event.reason}" in page
+    spike = controller.history()[plot.SHUFFLED_STEP]
+    assert adaptlr.Flag(int(spike["flags"])) is adaptlr.Flag.SPIKE
+    assert spike["score"] == pytest.approx(7, abs=0.5)
+    plot.draw(controller, tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+
+
 @pytest.mark.cuda
 def test_the_graph_of_the_docs_runs(capsys):
     ((block, _),) = blocks_of("cuda_graphs.md")
