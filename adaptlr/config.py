@@ -116,7 +116,11 @@ class Search:
             require(self.steps == 0 or self.steps >= 30, "steps", "0 or at least 30", self.steps)
 
     def steps_of(self, total_steps: int | None) -> int:
-        """Return the most steps that the search of such a run may take."""
+        """Return the most steps that the search of a run may take; 0: it takes no ramp.
+
+        Args:
+            total_steps: Length of the run; None: it has no end.
+        """
         if self.steps is not None:
             return self.steps if total_steps is None else min(self.steps, total_steps // 2)
         if total_steps is None:

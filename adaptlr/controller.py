@@ -264,7 +264,11 @@ class AdaptiveLR:
         return self._optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and with them the losses of a step that was never taken."""
+        """Clear the gradients, and with them the losses of a step that was never taken.
+
+        Args:
+            set_to_none: As for the optimizer's own ``zero_grad``.
+        """
         if self._path.count and self._path.gradients_cleared():
             logger.debug("dropped the loss of a step that the optimizer never took")
             self._path.drop()
@@ -333,6 +337,9 @@ class AdaptiveLR:
         """Draw loss, learning rate and slope with the events, as far as `history` reaches.
 
         Does not wait for the device. Notebooks show the figure; elsewhere ``savefig`` writes it.
+
+        Returns:
+            A figure of matplotlib, without pyplot.
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.

@@ -42,6 +42,7 @@ class Recorder:
 
     Raises:
         OSError: if ``path`` cannot be written.
+        TypeError: if an argument is of the wrong kind.
         ValueError: if another recorder writes to it, or an argument is out of range.
 
     Example:

@@ -91,6 +91,9 @@ def read(path: str | os.PathLike[str]) -> Recording:
     Args:
         path: The file that the `Recorder` was given; finished parts beside it are found.
 
+    Returns:
+        What was recorded, as one run, however many files and starts it took.
+
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is no recording, or was written in a format that is not known here.

@@ -147,6 +147,9 @@ class Command:
     The command finds the sentences of the events on its standard input, one a line, and the last
     one in the variables ADAPTLR_EVENT, ADAPTLR_STEP and ADAPTLR_REASON. It is not waited for. What
     happens within a minute after it was started is told together, by the next call.
+
+    Args:
+        command: A line for the system's shell, such as ``"mail -s adaptlr me@example.org"``.
     """
 
     PAUSE = 60.0  # seconds; a run that skips step after step must not send a mail for each
@@ -163,7 +166,11 @@ class Command:
         self._waiting.append(line)
 
     def poll(self, last: bool = False) -> None:
-        """Start the command if there is something to tell and the last call is a minute ago."""
+        """Start the command if there is something to tell and the last call is a minute ago.
+
+        Args:
+            last: Do not wait for that minute: the run is at its end.
+        """
         if not self._waiting or (not last and time.monotonic() < self._started + self.PAUSE):
             return
         self._reap()

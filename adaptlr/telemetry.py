@@ -13,7 +13,20 @@ from adaptlr import _extension
 
 
 class Phase(IntEnum):
-    """Where the guard stands."""
+    """Where the guard stands.
+
+    Attributes:
+        RUN: Nothing is wrong; the factor stays as it is.
+        REWARM: After a cut or a restart: the rate grows from a tenth of the new one.
+        HOLD: Re-warmed; the rate waits for the run to be quiet.
+        REGROW: The rate grows back, to 0.7 of the one that failed at most.
+        FAILED: The budget is spent; no further step is taken.
+        TRIAL: A quarter of the rate is tried, with the weights as they are.
+        RESCUE: From the start of the run the rate ramps up, to find one that holds.
+        TEST: The same, while the present state is set aside and may come back.
+        PROBE: The loss of older weights is looked at, without an update.
+        SEARCH: ``lr="auto"`` looks for the peak.
+    """
 
     RUN = 0
     REWARM = 1
@@ -28,7 +41,12 @@ class Phase(IntEnum):
 
 
 class Action(IntEnum):
-    """What a step was told to do."""
+    """What a step was told to do.
+
+    Attributes:
+        NONE: To be taken.
+        SKIP: To leave the parameters as they are.
+    """
 
     NONE = 0
     SKIP = 1
@@ -62,7 +80,25 @@ def restored_slot(row: npt.NDArray[Any]) -> Slot:
 
 
 class Flag(IntFlag):
-    """What the charts said about a step; SPIKE and NORM_SPIKE (of ``grad_norm``) inform only."""
+    """What was seen in a step; docs/algorithm.md has the thresholds.
+
+    Attributes:
+        NONFINITE: The loss, or the gradient norm, is NaN or infinite; the step is skipped.
+        SPIKE: One loss lies far above its level. Informs only.
+        DIVERGE: The loss runs away.
+        DRIFT: The level of the loss has crept up from its lowest.
+        WORSE: The level is above where the run began.
+        OVERFLOW: GradScaler found an infinite gradient; the step is skipped.
+        OVERWRITTEN: Somebody else has written the learning rate.
+        ENDED: The run is longer than ``total_steps``.
+        NORM_SPIKE: One gradient norm lies far above its level. Informs only.
+        LOST: The progress that was made is lost.
+        ABOVE: The loss has risen above the first one.
+        NO_PROGRESS: The loss is where it began; heeded early in a run only.
+        STALL: The loss has stopped falling; heeded early in a run only.
+        FAR_LR: The typed learning rate is far off what the first gradient suggests.
+        FOUND: A search has ended, and the peak is set.
+    """
 
     NONFINITE = 1
     SPIKE = 2

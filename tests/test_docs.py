@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import math
 import re
 import runpy
 import subprocess
@@ -11,13 +12,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adaptlr
 from adaptlr import controller
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def blocks_of(page: str | Path) -> list[tuple[str, str]]:
+    """Return the Python of a page, block by block, each with the output that is shown below it."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", text, re.DOTALL)
 
 
 def test_the_readme_s_ten_lines_run(capsys):
@@ -29,13 +38,48 @@ def test_the_readme_s_ten_lines_run(capsys):
 
 
 def test_the_example_of_choosing_a_rate_runs(capsys):
-    page = (ROOT / "docs/choosing_lr.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    ((block, _),) = blocks_of("choosing_lr.md")
     exec(compile(block, "choosing_lr.md", "exec"), {})
     prior, estimate, found = capsys.readouterr().out.splitlines()
     assert prior.startswith("LRRange(3e-05 to 0.001")
     assert estimate.startswith("LREstimate(")
     assert found.startswith("RangeTest(lr=")
+
+
+WHOLE = ("index", "quickstart", "settings", "unattended", "faq")
+
+
+@pytest.mark.parametrize("page", WHOLE)
+def test_the_code_of_a_page_prints_what_stands_below_it(
+    page, tmp_path, monkeypatch, capsys, one_thread
+):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = blocks_of(f"{page}.md")
+    assert blocks
+    for block, shown in blocks:
+        exec(compile(block, f"{page}.md", "exec"), names)
+        printed = capsys.readouterr().out.strip()
+        same = doctest.OutputChecker().check_output(shown.strip(), printed, doctest.ELLIPSIS)
+        assert same or not shown, printed
+
+
+def test_the_code_of_the_recorder_s_page_runs(tmp_path, monkeypatch, capsys, one_thread):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"adaptlr": adaptlr}
+    for block, _ in blocks_of("recorder.md"):
+        parameter = torch.zeros(2, requires_grad=True)
+        names["optimizer"] = torch.optim.SGD([parameter], lr=0.1)
+        exec(compile(block, "recorder.md", "exec"), names)
+        one = names.pop("controller", None)
+        if isinstance(one, adaptlr.AdaptiveLR):
+            for loss in (1.0, math.nan):
+                one.step(loss)
+            one.detach()
+    assert len(names["run"].headers) == 2
+    assert list(names["run"].records["step"]) == [0, 1]
+    assert "'event': 'skip'" in capsys.readouterr().out  # print is one of the sinks
 
 
 # What each page is about, and what it takes.
@@ -53,10 +97,8 @@ def test_the_code_of_a_guide_runs(guide, tmp_path, monkeypatch, one_thread):
     for package in GUIDES[guide]:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / f"docs/{guide}.md").read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": guide}
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    for block in blocks:
+    for block, _ in blocks_of(f"{guide}.md"):
         exec(compile(block, f"{guide}.md", "exec"), names)
     controllers = [value for value in names.values() if isinstance(value, adaptlr.AdaptiveLR)]
     if "callback" in names:
@@ -89,10 +131,25 @@ def test_an_example_runs(name, tmp_path, monkeypatch, capsys, one_thread):
     assert list(tmp_path.iterdir()) == []  # it cleans up
 
 
+def test_the_first_run_of_how_it_decides_goes_as_its_page_says(tmp_path, one_thread):
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    from benchmarks.quality import decisions_plot as plot
+
+    controller = plot.train(torch.optim.AdamW, 1e-2, plot.single_batches)
+    page = (DOCS / "how_it_decides.md").read_text(encoding="utf-8")
+    (event,) = controller.events()
+    assert f"**{event.kind}**, step {event.step}: {event.reason}" in page
+    spike = controller.history()[plot.SHUFFLED_STEP]
+    assert adaptlr.Flag(int(spike["flags"])) is adaptlr.Flag.SPIKE
+    assert spike["score"] == pytest.approx(7, abs=0.5)
+    plot.draw(controller, tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+
+
 @pytest.mark.cuda
 def test_the_graph_of_the_docs_runs(capsys):
-    page = (ROOT / "docs/cuda_graphs.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    ((block, _),) = blocks_of("cuda_graphs.md")
     exec(compile(block.replace("10_000", "300"), "cuda_graphs.md", "exec"), {})
     assert capsys.readouterr().out.count("Status(step=") == 3
 
@@ -105,6 +162,19 @@ def test_the_graph_example_runs():
     assert "captured" in result.stdout
 
 
+def test_the_page_of_the_command_line_has_every_command_and_its_json():
+    typer = pytest.importorskip("typer")
+    cli = pytest.importorskip("adaptlr.cli")
+    page = (DOCS / "command_line.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.MULTILINE))
+    commands = typer.main.get_command(cli.app).commands
+    assert list(rows) == list(commands)
+    for name, command in commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert ("--json" in options) == ("--json" in rows[name]), name
+        assert set(re.findall(r"--[a-z]+", rows[name])) <= options, name
+
+
 @pytest.mark.parametrize("name", adaptlr.__all__)
 def test_docstring_examples_run(name):
     thing = getattr(adaptlr, name)
@@ -112,6 +182,11 @@ def test_docstring_examples_run(name):
     runner = doctest.DocTestRunner()
     for test in finder.find(thing, name, globs=dict(vars(controller))):
         assert runner.run(test).failed == 0, test.name
+
+
+def test_the_code_of_every_page_is_run_by_a_test():
+    with_code = {page.stem for page in DOCS.rglob("*.md") if blocks_of(page.relative_to(DOCS))}
+    assert with_code == {*WHOLE, *GUIDES, "choosing_lr", "cuda_graphs", "recorder"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

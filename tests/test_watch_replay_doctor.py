@@ -281,3 +281,11 @@ def test_a_notebook_shows_status_and_plot(make_model, batches):
     assert figure._repr_png_().startswith(b"\x89PNG")
     status = control.status()
     assert f"<td>{status.level:.4g} ± {status.scale:.2g}</td>" in status._repr_html_()
+
+
+def test_shells_can_complete_commands(monkeypatch):
+    monkeypatch.setenv("_ADAPTLR_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "adaptlr re")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    result = CliRunner().invoke(app, prog_name="adaptlr")
+    assert result.output.split() == ["report", "replay"]

@@ -26,7 +26,6 @@ from adaptlr.cli.watch import watch
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -46,13 +45,13 @@ def adaptlr(
         typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Learning-rate autopilot for PyTorch."""
+    """See what adaptlr does to a learning rate, follow it, and read what it did."""
 
 
-# One line for each command.
-app.command()(demo)
-app.command()(bench)
-app.command()(report)
-app.command()(watch)
-app.command()(replay)
-app.command()(doctor)
+# One line for each command, in the order of the list that --help prints.
+app.command(short_help="Fine-tune a model at a rate far too high, twice.")(demo)
+app.command(short_help="Make a page of what a run has recorded.")(report)
+app.command(short_help="Follow a run in the terminal.")(watch)
+app.command(short_help="Tell what adaptlr would have done to other losses.")(replay)
+app.command(short_help="Check whether this installation works.")(doctor)
+app.command(short_help="Measure what a step costs on this machine.")(bench)

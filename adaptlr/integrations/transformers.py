@@ -82,7 +82,12 @@ class AdaptiveLRCallback(TrainerCallback):  # type: ignore[misc]
         return self._controller
 
     def bind(self, trainer: Trainer) -> None:
-        """Be the one who makes the scheduler of ``trainer``."""
+        """Be the one who makes the scheduler of ``trainer``; `attach` calls this.
+
+        Raises:
+            ValueError: if the Trainer uses DeepSpeed.
+            RuntimeError: if the callback belongs to another Trainer already.
+        """
         if trainer.is_deepspeed_enabled:
             raise ValueError("trainer must not use DeepSpeed, which owns its optimizer")
         if self._trainer is not None:
