@@ -82,7 +82,7 @@ def prior_lr(model: nn.Module, optimizer: torch.optim.Optimizer) -> LRRange:
     """
     optimizer = unwrap(optimizer)
     family = update_family(optimizer)
-    if family is None:
+    if family is None or family is UpdateFamily.ADAGRAD:
         raise ValueError(
             f"optimizer must be of the kind of Adam, Lion or SGD, got {type(optimizer).__name__}; "
             "estimate_lr works for any"
