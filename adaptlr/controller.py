@@ -19,7 +19,7 @@ from adaptlr.attachment import FAILED, Attachment
 from adaptlr.checkpoint import KEY, unpack
 from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
 from adaptlr.events import Event
-from adaptlr.first_gradient import FirstGradient
+from adaptlr.first_gradient import FirstGradient, has_taken_no_step
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
 from adaptlr.recorder import Recorder, open_recorder
@@ -162,7 +162,7 @@ class AdaptiveLR:
         self._recorder = None if recorder is None else open_recorder(recorder)
         self._history_size = history_size
         self._reduction: str = "mean"
-        is_fresh = not any(self._optimizer.state.values())
+        is_fresh = has_taken_no_step(self._optimizer)
         try:
             self._path = choose_path(self._optimizer, config, history_size, device_path)
         except BaseException:

@@ -16,12 +16,23 @@ if TYPE_CHECKING:
     from adaptlr.attachment import Path
 
 
+def has_taken_no_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has no state, or what Adagrad has before its first step."""
+    steps = (state.get("step") for state in optimizer.state.values() if state)
+    return all(isinstance(step, torch.Tensor) and _is_zero(step) for step in steps)
+
+
+def _is_zero(step: torch.Tensor) -> bool:
+    # A count on a device would have to be waited for.
+    return step.device.type == "cpu" and step.item() == 0.0
+
+
 class FirstGradient:
     """Takes the estimate once, between the first backward and the first update.
 
-    Only of an optimizer whose family is known and that has no state yet: a run that goes on from
-    elsewhere is past the point that the estimate is about. In front of a CUDA graph it is taken in
-    the first suspended step; within a capture, never.
+    Only of an optimizer whose family is known and that has taken no step yet: a run that goes on
+    from elsewhere is past the point that the estimate is about. In front of a CUDA graph it is
+    taken in the first suspended step; within a capture, never.
     """
 
     def __init__(

@@ -64,11 +64,13 @@ def prior_lr(model: nn.Module, optimizer: torch.optim.Optimizer) -> LRRange:
     or `find_lr`, which look at the task, and be suspicious where they leave this range.
 
     Sources. Adam, all weights: BERT 2e-5 to 5e-5 (Devlin et al. 2019, appendix A.3), RoBERTa 1e-5
-    to 3e-5 (Liu et al. 2019), Llama 2 2e-5 (Touvron et al. 2023), transformers' ``Trainer`` 5e-5;
-    up to 50 M weights our sweeps of MiniLM and EfficientNet-Lite (3e-4). Adapters: LoRA 2e-4 to
-    5e-4 (Hu et al. 2022), QLoRA 2e-4, from 33 B on 1e-4 (Dettmers et al. 2023), our sweep of LoRA
-    on MiniLM (3e-3). Lion: Adam's by 3 to 10 (Chen et al. 2023). SGD with momentum: BiT 3e-3
-    (Kolesnikov et al. 2020), our sweeps of the same tasks (1e-2 to 3e-2, LoRA 1e-1).
+    to 2e-5 (fairseq's settings for GLUE), Llama 2-Chat 2e-5 (Touvron et al. 2023, supervised
+    fine-tuning), the default 5e-5 of transformers' ``Trainer``; up to 50 M weights our sweeps of
+    MiniLM and EfficientNet-Lite (3e-4). Adapters: the scripts of LoRA's authors, among them 1e-4
+    for DeBERTa XXL, 2e-4 for GPT-2 Medium and 3e-4 for RoBERTa Large on MNLI; those of QLoRA's,
+    2e-4, above 13 B 1e-4; our sweep of LoRA on MiniLM (3e-3). Lion: Adam's by 3 to 10 (Chen et al.
+    2023, section 5). SGD with momentum: BiT's fine-tuning script 3e-3, our sweeps of the same tasks
+    (1e-2 to 3e-2, LoRA 1e-1). The ranges around these are our judgement.
 
     Args:
         model: Its weights are counted. Weights packed to 4 bits count half; the ranges are wide.
@@ -82,7 +84,7 @@ def prior_lr(model: nn.Module, optimizer: torch.optim.Optimizer) -> LRRange:
     """
     optimizer = unwrap(optimizer)
     family = update_family(optimizer)
-    if family is None:
+    if family is None or family is UpdateFamily.ADAGRAD:
         raise ValueError(
             f"optimizer must be of the kind of Adam, Lion or SGD, got {type(optimizer).__name__}; "
             "estimate_lr works for any"

@@ -10,8 +10,8 @@ import torch
 
 from adaptlr.one_gradient import UpdateFamily, estimate, gradient_sum, update_family
 
-ADAM, SIGN, SGD = UpdateFamily
-MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+ADAM, SIGN, ADAGRAD, SGD = UpdateFamily
+MOMENTUM = {ADAM: 0.0, SGD: 0.9}  # with which a gradient counts once
 
 
 def parameters(*shapes, dtype=torch.float32, seed=0):
@@ -32,7 +32,7 @@ def written_out(made, power):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_is_that_of_all_gradients(family, dtype):
     made = parameters((7, 3), (5,), (), dtype=dtype)
-    optimizer = torch.optim.SGD(made, **MOMENTUM)
+    optimizer = torch.optim.SGD(made, lr=0.1, momentum=MOMENTUM[family])
     expected = written_out(made, family.power)
     # One rounding to float32 a tensor, and one a term: 1e-6 holds 8 of them.
     assert gradient_sum(optimizer, family).item() == pytest.approx(expected, rel=1e-6)
@@ -42,7 +42,7 @@ def test_the_sum_is_that_of_all_gradients(family, dtype):
 def test_gradients_of_several_dtypes_that_would_overflow_in_half_precision(family):
     made = parameters((9,), dtype=torch.float16) + parameters((4,), dtype=torch.float64)
     made[0].grad.fill_(6e4)
-    optimizer = torch.optim.SGD(made, **MOMENTUM)
+    optimizer = torch.optim.SGD(made, lr=0.1, momentum=MOMENTUM[family])
     assert gradient_sum(optimizer, family).item() == pytest.approx(written_out(made, family.power))
 
 
@@ -51,9 +51,10 @@ def test_gradients_of_several_dtypes_that_would_overflow_in_half_precision(famil
     [
         (lambda made: torch.optim.AdamW(made, lr=1e-3, weight_decay=0.0, eps=1e-30), ADAM),
         (lambda made: torch.optim.Adamax(made, lr=1e-3, eps=1e-30), ADAM),
+        (lambda made: torch.optim.Adagrad(made, lr=1e-3, eps=1e-30), ADAGRAD),
         (lambda made: torch.optim.SGD(made, lr=1e-3, momentum=0.9, nesterov=False), SGD),
     ],
-    ids=["AdamW", "Adamax", "SGD"],
+    ids=["AdamW", "Adamax", "Adagrad", "SGD"],
 )
 def test_it_predicts_what_a_real_first_step_does(factory, family):
     made = parameters((20, 3), (8,), dtype=torch.float64)
@@ -97,7 +98,41 @@ def test_momentum_counts_by_how_far_it_carries_a_gradient(settings, share):
     made = parameters((6,))
     optimizer = torch.optim.SGD(made, lr=0.1, **settings)
     assert gradient_sum(optimizer, SGD).item() == pytest.approx(share * written_out(made, 2))
-    assert gradient_sum(optimizer, ADAM).item() == pytest.approx(written_out(made, 1))
+
+
+@pytest.mark.parametrize(("momentum", "share"), [(0.0, 1.0), (0.9, 10.0)])
+def test_the_momentum_of_rmsprop_counts_in_full(momentum, share):
+    made = parameters((6,))
+    optimizer = torch.optim.RMSprop(made, momentum=momentum)
+    assert gradient_sum(optimizer, ADAM).item() == pytest.approx(share * written_out(made, 1))
+
+
+FIRST_LR = 1e-3
+
+
+def first_steps(optimizer_of, count):
+    """Return the size of each of the first steps on gradients that stay the same, in lr."""
+    made = parameters((50,), dtype=torch.float64)
+    optimizer = optimizer_of(made)
+    sizes = []
+    for _ in range(count):
+        before = made[0].detach().clone()
+        optimizer.step()
+        sizes.append((made[0].detach() - before).abs().mean().item() / FIRST_LR)
+    return np.array(sizes)
+
+
+def test_what_the_constants_assume_of_first_steps():
+    # The sizes as the families have them, and where they differ in the first steps.
+    count = np.arange(1, 201)
+    nadam = first_steps(lambda made: torch.optim.NAdam(made, lr=FIRST_LR), 200)
+    np.testing.assert_allclose(nadam, 1.0, atol=0.5)
+    rmsprop = first_steps(lambda made: torch.optim.RMSprop(made, lr=FIRST_LR), 200)
+    np.testing.assert_allclose(rmsprop, 1.0 / np.sqrt(1.0 - 0.99**count), rtol=1e-4)
+    adagrad = first_steps(lambda made: torch.optim.Adagrad(made, lr=FIRST_LR), 200)
+    np.testing.assert_allclose(adagrad, 1.0 / np.sqrt(count), rtol=1e-4)
+    lion = pytest.importorskip("lion_pytorch").Lion
+    np.testing.assert_allclose(first_steps(lambda made: lion(made, lr=FIRST_LR), 20), 1.0)
 
 
 def test_missing_sparse_complex_and_empty_gradients():
@@ -112,7 +147,7 @@ def test_missing_sparse_complex_and_empty_gradients():
     imaginary.grad = torch.tensor([3.0 - 4.0j])
     expected = written_out(made[:1], 1) + 2 * (2.0 + 3.0) + (3.0 + 4.0)
     made[1].grad = None
-    optimizer = torch.optim.SGD([*made, sparse, empty, imaginary], **MOMENTUM)
+    optimizer = torch.optim.SGD([*made, sparse, empty, imaginary], lr=0.1)
     assert gradient_sum(optimizer, ADAM).item() == pytest.approx(expected)
     optimizer.zero_grad()
     assert gradient_sum(optimizer, ADAM).item() == 0.0
@@ -124,7 +159,7 @@ def test_gradients_still_scaled_for_a_fused_step_count_at_their_true_size(family
     expected = written_out(made, family.power)
     made[0].grad *= 1024.0
     seen = []
-    optimizer = torch.optim.SGD(made, **MOMENTUM, fused=True)
+    optimizer = torch.optim.SGD(made, lr=0.1, momentum=MOMENTUM[family], fused=True)
     optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_sum(optimizer, family)))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.zeros(()))  # makes the scale
@@ -148,10 +183,11 @@ class MyAdam(torch.optim.AdamW):
     [
         (torch.optim.AdamW, ADAM),
         (torch.optim.NAdam, ADAM),
+        (torch.optim.RMSprop, ADAM),
         (torch.optim.SparseAdam, ADAM),
         (MyAdam, ADAM),
         (torch.optim.SGD, SGD),
-        (torch.optim.Adagrad, None),
+        (torch.optim.Adagrad, ADAGRAD),
         (torch.optim.Adafactor, None),
         (torch.optim.LBFGS, None),
     ],

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from adaptlr.bench.timing import quiet
-from benchmarks.quality import grid, report
+from benchmarks.quality import free, grid, report
 from benchmarks.quality.data import Labelled
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import ALL_METHODS, METHODS
 from benchmarks.quality.peers import SkipSixSigma
-from benchmarks.quality.search_report import search_report, search_steps
+from benchmarks.quality.peers_report import compared, peers_report
+from benchmarks.quality.search_report import scored, search_report, search_steps
 from benchmarks.quality.stages import Gradients
-from benchmarks.quality.tasks import TASKS, progress_recovered
+from benchmarks.quality.tasks import ALL_TASKS, TASKS, progress_recovered
 from benchmarks.quality.training import CURVE_POINTS, Run, train
 
 CPU = torch.device("cpu")
@@ -115,6 +116,81 @@ def test_searches_are_measured_from_rates_that_say_nothing(pictures):
         assert search_steps(row) == 1
     text = search_report(rows, "a machine", report.table, report.grouped)
     assert "| digits | adamw | 1 |" in text
+
+
+def test_optimizers_without_a_sweep_are_judged_by_one_beside_them(pictures):
+    pytest.importorskip("lion_pytorch")
+    chosen = ("rmsprop", "lion")
+    runs = [
+        *grid.near_grid(["digits_3x_steps"], chosen, 1, 30),
+        *grid.search_grid(["digits_3x_steps"], chosen, ["auto"], (0,), 30, 1),
+    ]
+    assert len(runs) == 2 * (3 + 1)
+    with quiet():
+        rows = [train(run, pictures, CPU, graphs=False) for run in runs]
+    searched, swept = rows[6:], rows[:6]
+    assert all(row["score"] is None for row in rows)
+    for row in scored(searched, swept):
+        losses = [other["eval_loss"] for other in swept if other["optimizer"] == row["optimizer"]]
+        assert row["best_loss"] == min(losses)
+        expected = progress_recovered(row["e0"], row["eval_loss"], min(losses))
+        assert row["score"] == pytest.approx(expected, abs=1e-4)
+        assert row["score"] > 0.0
+    with pytest.raises(ValueError, match="needs the rows of a sweep"):
+        scored(searched, [])
+    shown = search_report(scored(searched, swept), "", report.table, report.grouped, swept)
+    assert shown.count("**") == 2 * len(chosen)
+
+
+def test_variants_differ_from_their_tasks_in_one_thing_alone():
+    for name in ("minilm_debian", "gpt", "digits"):
+        task, bare = TASKS[name], replace(TASKS[name], adamw=None, sgd=None, like=name)
+        assert ALL_TASKS[f"{name}_3x_steps"] == replace(bare, steps=3 * task.steps)
+        assert ALL_TASKS[f"{name}_4x_batch"] == replace(bare, batch=4 * task.batch)
+
+
+class OneVector(free.OwnOptimizer):
+    """torch's SGD where a peer's optimizer would be."""
+
+    def make(self, name):
+        return lambda weights, lr: torch.optim.SGD(weights, lr, momentum=0.9)
+
+
+def test_weights_in_one_vector_train_as_they_do_in_many(rows, pictures, monkeypatch):
+    monkeypatch.setitem(ALL_METHODS, "one_vector", OneVector)
+    plain = next(row for row in rows if (row["method"], row["optimizer"]) == ("plain", "sgd"))
+    with quiet():
+        row = train(
+            replace(PLANNED, method="one_vector", optimizer="sgd"), pictures, CPU, graphs=False
+        )
+    for ours, theirs in zip(row["curve"][:-1], plain["curve"][:-1], strict=True):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("package", "method"),
+    [
+        ("prodigyopt", "prodigy"),
+        ("schedulefree", "schedulefree"),
+        ("dadaptation", "dadaptation"),
+        ("dog", "dog"),
+        ("dlrs", "dlrs"),
+        ("transformers", "greedy_up"),
+    ],
+)
+def test_peers_train_at_the_one_rate_that_they_get(package, method, pictures):
+    pytest.importorskip(package)
+    runs = {
+        (run.method, run.optimizer): run  # of several rates one
+        for run in grid.fixed_grid(["digits"], grid.OPTIMIZERS, [method], (0,), 120)
+    }
+    with quiet():
+        rows = [train(run, pictures, CPU, graphs=False) for run in runs.values()]
+    shown = compared(rows, next(report.RESULTS.glob("lr_sweep_*.csv")), report.grouped)
+    text = peers_report(shown, "", "plot.png", report.table, report.grouped)
+    for row in rows:
+        assert row["eval_loss"] < row["e0"]
+        assert f"| {row['method']} | " in text
 
 
 def test_the_report_has_a_line_for_every_optimizer_and_method(rows):

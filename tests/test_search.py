@@ -232,7 +232,7 @@ def test_resuming_after_a_search_keeps_what_it_found():
 
 
 def test_an_unknown_optimizer_is_searched_with_a_coarse_ramp_first():
-    task = Task("Adagrad", 1e-3)
+    task = Task("Adadelta", 1e-3)
     controller = adaptlr.AdaptiveLR(task.optimizer, 1000, lr="auto")
     task.train(controller, 105)
     kinds = [event.kind for event in controller.events()]
@@ -240,9 +240,21 @@ def test_an_unknown_optimizer_is_searched_with_a_coarse_ramp_first():
     assert kinds.count("search") >= 2
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_the_state_that_adagrad_begins_with_is_none_that_it_has_come_by(steps_before):
+    task = Task("Adagrad", 1e-3)
+    for _ in range(steps_before):
+        task.loss().backward()
+        task.optimizer.step()
+    controller = adaptlr.AdaptiveLR(task.optimizer, 300, lr="auto")
+    task.train(controller, 60)
+    reason = next(event.reason for event in controller.events() if event.kind == "found")
+    assert ("the first gradient suggests" in reason) == (steps_before == 0)
+
+
 def test_without_snapshots_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match="lr must be a float for Adagrad without a ramp"):
-        controlled("Adagrad", 1e-3, lr="auto", snapshot="off")
+    with pytest.raises(ValueError, match="lr must be a float for Adadelta without a ramp"):
+        controlled("Adadelta", 1e-3, lr="auto", snapshot="off")
 
 
 def test_set_peak_takes_the_place_of_what_a_search_has_found():

@@ -8,8 +8,8 @@ from typing import Literal
 
 from adaptlr import AdaptiveLR, TrainingDiverged
 from adaptlr.cli.demo_training import WARMUP
-from benchmarks.quality.method import Story, make_optimizer
-from benchmarks.quality.stages import Gradients, Stage
+from benchmarks.quality.method import CAPTURED, Story, make_optimizer
+from benchmarks.quality.stages import Eager, Gradients, Stage
 
 # Versions with snapshots want the model for its buffers (BatchNorm); those without refuse it.
 HAS_SNAPSHOTS = inspect.signature(AdaptiveLR).parameters["snapshot"].default == "auto"
@@ -17,13 +17,17 @@ CHECK_EVERY = 20  # steps; the check reads host memory alone
 
 
 class Adaptlr:
-    """`AdaptiveLR` with everything at its default; the whole step is one stage."""
+    """`AdaptiveLR` with everything at its default.
+
+    The whole step is one stage, unless the optimizer's updates are made eagerly.
+    """
 
     lr: Literal["auto"] | None = None
 
     def __init__(self, optimizer: str, gradients: Gradients, peak: float, steps: int) -> None:
         self.gradients = gradients
         self.story = Story()
+        self.is_captured = optimizer in CAPTURED
         optimizer = make_optimizer(optimizer, gradients.parameters, peak)
         options = {"model": gradients.model} if HAS_SNAPSHOTS else {}
         if self.lr is not None:
@@ -31,10 +35,13 @@ class Adaptlr:
         self.controller = AdaptiveLR(optimizer, steps, warmup=WARMUP, **options)
 
     def stages(self) -> list[Stage]:
-        return [self._step]
+        return [self._step] if self.is_captured else [self.gradients, Eager(self._update)]
 
     def _step(self) -> None:
         self.gradients()
+        self._update()
+
+    def _update(self) -> None:
         self.controller.step(self.gradients.loss, grad_norm=self.gradients.norm)
 
     def suspended(self) -> AbstractContextManager:
@@ -46,7 +53,8 @@ class Adaptlr:
     def step(self, index: int, stages: list[Stage]) -> bool:
         """Take a step; False once the run has been given up."""
         try:
-            stages[0]()
+            for stage in stages:
+                stage()
             if index % CHECK_EVERY == CHECK_EVERY - 1:
                 self.controller.check()
         except TrainingDiverged as error:

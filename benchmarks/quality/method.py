@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 
 from benchmarks.quality.stages import Gradients, Stage
+
+CAPTURED = ("adamw", "sgd")  # whose updates are graphs on CUDA; the others' are made eagerly
 
 
 @dataclass
@@ -35,13 +37,28 @@ class Story:
 def make_optimizer(
     name: str, parameters: list[torch.nn.Parameter], lr: float | torch.Tensor
 ) -> torch.optim.Optimizer:
-    """Make the optimizer; a tensor ``lr`` on a CUDA device makes it one that a graph can hold."""
+    """Make the optimizer; a tensor ``lr`` on a CUDA device makes it one that a graph can hold.
+
+    Those that are not `CAPTURED` have their packages' defaults, and want a float.
+    """
     on_device = isinstance(lr, torch.Tensor)
+    if name not in CAPTURED:
+        return further_optimizer(name)(parameters, lr=lr)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=on_device or None)
     # Otherwise flags stay as the user of adaptlr would leave them: it switches them by itself.
     flags = {"fused": True, "capturable": True} if on_device else {}
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, **flags)
+
+
+def further_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the class of an optimizer that the tasks have no sweep for."""
+    if name == "lion":
+        from lion_pytorch import Lion
+
+        return Lion
+    classes = (torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad)
+    return next(cls for cls in classes if cls.__name__.lower() == name)
 
 
 class Method(Protocol):

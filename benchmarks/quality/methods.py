@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.quality import peers
+from benchmarks.quality import free, peers
 from benchmarks.quality.controlled import Adaptlr, Auto
 from benchmarks.quality.method import Method
 
@@ -15,4 +15,13 @@ METHODS: dict[str, type[Method]] = {
 }
 # Given no rate, so no multiple of the best one either: measured apart.
 SEARCHES: dict[str, type[Method]] = {"auto": Auto}
-ALL_METHODS = METHODS | SEARCHES
+# With one rate for all tasks, or none: measured beside the searches.
+FIXED: dict[str, type[Method]] = {
+    "prodigy": free.Prodigy,
+    "dadaptation": free.DAdaptation,
+    "dog": free.Dog,
+    "schedulefree": free.ScheduleFree,
+    "greedy_up": peers.GreedyUp,
+    "dlrs": peers.Dlrs,
+}
+ALL_METHODS = METHODS | SEARCHES | FIXED

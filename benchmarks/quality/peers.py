@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from adaptlr.cli.demo_training import WARMUP, warmup_cosine
-from benchmarks.quality.method import Story, make_optimizer
-from benchmarks.quality.stages import Gradients, Stage, clear_state
+from benchmarks.quality.method import CAPTURED, Story, make_optimizer
+from benchmarks.quality.stages import Eager, Gradients, Stage, clear_state
 
 
 class Plain:
@@ -28,13 +28,20 @@ class Plain:
         self.peak, self.steps = peak, steps
         self.warmup_steps = round(WARMUP * steps)
         self.story = Story()
-        device = gradients.index.device
-        lr = torch.tensor(peak, device=device) if device.type == "cuda" else peak
-        self.optimizer = make_optimizer(optimizer, gradients.parameters, lr)
+        self.optimizer = self.make_optimizer(optimizer)
+
+    def make_optimizer(self, name: str) -> torch.optim.Optimizer:
+        """Return the optimizer of the run."""
+        device = self.gradients.index.device
+        self.is_captured = name in CAPTURED
+        on_device = self.is_captured and device.type == "cuda"
+        lr = torch.tensor(self.peak, device=device) if on_device else self.peak
+        return make_optimizer(name, self.gradients.parameters, lr)
 
     def stages(self) -> list[Stage]:
         # Two, so that the host can decide between them.
-        return [self.gradients, self.optimizer.step]
+        update = self.optimizer.step
+        return [self.gradients, update if self.is_captured else Eager(update)]
 
     def suspended(self) -> AbstractContextManager:
         return nullcontext()
@@ -132,11 +139,15 @@ class Scheduled(Plain):
         if index < self.warmup_steps:
             return
         before = self.driven.param_groups[0]["lr"]
-        self.scheduler.step(loss)
+        self.advance(loss)
         after = self.driven.param_groups[0]["lr"]
         if after != before:
             kind = "cut" if after < before else "raise"
             self.story.events.append((index, kind, f"from {before:g} to {after:g}"))
+
+    def advance(self, loss: float) -> None:
+        """Hand a loss to the scheduler."""
+        self.scheduler.step(loss)
 
 
 class Plateau(Scheduled):
@@ -157,8 +168,36 @@ class Greedy(Scheduled):
     may lower a rate a thousandfold and never goes above the peak.
     """
 
+    highest = 1.0  # in peaks
+
     def make_scheduler(self) -> object:
         from transformers.optimization import GreedyLR
 
         least = self.peak / 1000
-        return GreedyLR(self.driven, min_lr=least, max_lr=self.peak, eps=least / 1000)
+        most = self.highest * self.peak
+        return GreedyLR(self.driven, min_lr=least, max_lr=most, eps=least / 1000)
+
+
+class GreedyUp(Greedy):
+    """The same, allowed to raise the rate tenfold."""
+
+    highest = 10.0
+
+
+class Dlrs(Scheduled):
+    """DLRS: the rate follows the slope of the losses of an epoch.
+
+    These runs are shorter than one epoch, or a few: a twentieth of the run takes its place.
+    """
+
+    def make_scheduler(self) -> object:
+        from dlrs import DLRSScheduler
+
+        self.losses: list[float] = []
+        return DLRSScheduler(self.driven)
+
+    def advance(self, loss: float) -> None:
+        self.losses.append(loss)
+        if len(self.losses) == self.steps // 20:
+            self.scheduler.step(self.losses)
+            self.losses = []

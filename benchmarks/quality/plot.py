@@ -22,6 +22,18 @@ STYLES = {
     "skip6": {"color": "#555555", "label": "skip over 6 sigma", "linestyle": "--"},
 }
 TITLES = {"adamw": "AdamW", "sgd": "SGD with momentum"}
+LABELS = {
+    "auto": 'adaptlr, lr="auto"',
+    "fixed": "best single rate",
+    "prodigy": "Prodigy",
+    "dadaptation": "D-Adaptation",
+    "dog": "DoG",
+    "schedulefree": "schedule-free",
+    "plateau": "ReduceLROnPlateau",
+    "greedy": "GreedyLR",
+    "greedy_up": "GreedyLR, may raise",
+    "dlrs": "DLRS",
+}
 
 
 def draw_scores(rows: Rows, file: Path) -> None:
@@ -58,3 +70,24 @@ def _draw_panel(axis: Axes, rows: Rows) -> None:
     axis.set_xlabel("learning rate, in multiples of the best")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_methods(rows: Rows, file: Path) -> None:
+    """Draw one panel for each optimizer: a dot for each task, a line for the mean of all."""
+    panels = grouped(rows, "optimizer")
+    figure = Figure(figsize=(4.8 * len(panels), 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((optimizer,), group) in zip(axes, panels.items(), strict=True):
+        methods = {method: cell for (method,), cell in grouped(group, "method").items()}
+        order = sorted(methods, key=lambda method: fmean(scores(methods[method])))
+        for place, method in enumerate(order):
+            means = [fmean(scores(cell)) for cell in grouped(methods[method], "task").values()]
+            color = "#0072B2" if method == "auto" else "#555555"
+            axis.plot(means, [place] * len(means), "o", markersize=5, alpha=0.5, color=color)
+            axis.vlines(fmean(means), place - 0.35, place + 0.35, color=color, linewidth=2.6)
+        axis.set_yticks(range(len(order)), [LABELS[method] for method in order])
+        axis.set_title(f"in the place of {TITLES[optimizer]}", loc="left", fontsize=10)
+        axis.set_xlabel("progress recovered")
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, format="png")

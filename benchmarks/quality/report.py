@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks.quality.grid import MULTIPLES, OPTIMIZERS, read_rows
+from benchmarks.quality.grid import ALL_OPTIMIZERS, FIXED_RATES, MULTIPLES, read_rows
 from benchmarks.quality.methods import ALL_METHODS, SEARCHES
-from benchmarks.quality.search_report import search_report
+from benchmarks.quality.peers_report import compared, peers_report
+from benchmarks.quality.search_report import scored, search_report
 from benchmarks.quality.tasks import ALL_TASKS
 from benchmarks.quality.training import Run
 
@@ -25,8 +26,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 ORDER = {
     "task": list(ALL_TASKS),
-    "optimizer": list(OPTIMIZERS),
-    "method": list(ALL_METHODS),
+    "optimizer": list(ALL_OPTIMIZERS),
+    "method": [*ALL_METHODS, "fixed"],
     "multiple": list(MULTIPLES),
 }
 Rows = list[dict]
@@ -160,39 +161,67 @@ def headers(files: Iterable[Path]) -> list[dict]:
     return [json.loads(line) for line in unique]
 
 
-def write_search(rows: Rows, arguments: argparse.Namespace) -> None:
-    """Write ``search_<device>.md``."""
-    measured_on = headers(arguments.rows)
-    facts = "\n".join(header["facts"] for header in measured_on)
-    text = search_report(rows, facts, table, grouped)
+def write(text: str, stem: str, arguments: argparse.Namespace) -> None:
+    """Write and show ``<stem>_<device>.md``."""
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / f"search_{measured_on[0]['slug']}.md").write_text(text)
+    (arguments.output_dir / f"{stem}.md").write_text(text)
     print(text)
+
+
+def write_search(rows: Rows, swept: Rows, facts: str, arguments: argparse.Namespace) -> None:
+    """Write the tables of searches, and of the sweeps that they alone are judged by."""
+    swept = [row for row in swept if row["best_loss"] is None]
+    text = search_report(scored(rows, swept), facts, table, grouped, swept)
+    write(text, f"{arguments.name}_{slug_of(arguments)}", arguments)
+
+
+def write_peers(rows: Rows, facts: str, arguments: argparse.Namespace) -> None:
+    """Write the tables and the plot of methods with one rate for all tasks."""
+    from benchmarks.quality.plot import draw_methods
+
+    stem = f"peers_{slug_of(arguments)}"
+    shown = compared(rows, arguments.sweep, grouped)
+    draw_methods(shown, arguments.output_dir / f"{stem}.png")
+    write(peers_report(shown, facts, f"{stem}.png", table, grouped), stem, arguments)
+
+
+def write_guard(rows: Rows, facts: str, arguments: argparse.Namespace) -> None:
+    """Write the tables and the plot of methods at multiples of the best rate."""
+    from benchmarks.quality.plot import draw_scores
+
+    stem = f"guard_{slug_of(arguments)}"
+    draw_scores(rows, arguments.output_dir / f"{stem}.png")
+    write_csv(rows, arguments.output_dir / f"{stem}.csv")
+    write(guard_report(rows, facts, f"{stem}.png"), stem, arguments)
+
+
+def slug_of(arguments: argparse.Namespace) -> str:
+    return headers(arguments.rows)[0]["slug"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path, nargs="+", help="files that run.py has written")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="search", help="of the file with the searches")
+    sweeps = RESULTS / "lr_sweep_nvidia-h100-80gb-hbm3.csv"
+    parser.add_argument("--sweep", type=Path, default=sweeps, help="where fixed rates are read off")
     arguments = parser.parse_args()
     rows = [row for file in arguments.rows for row in read_rows(file)]
-    if searched := [row for row in rows if row["method"] in SEARCHES]:
-        write_search(searched, arguments)
-    rows = [row for row in rows if row["method"] not in SEARCHES]
-    if swept := [row for row in rows if row["multiple"] is None]:
+    facts = "\n".join(header["facts"] for header in headers(arguments.rows))
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    at_multiples = [row for row in rows if row["multiple"] is not None]
+    searched = [row for row in rows if row["method"] in SEARCHES]
+    swept = [row for row in rows if row["method"] == "plain" and row["multiple"] is None]
+    fixed = [row for row in rows if row["method"] in FIXED_RATES and row["multiple"] is None]
+    if fixed:
+        write_peers([*searched, *fixed], facts, arguments)
+    elif searched:
+        write_search(searched, swept, facts, arguments)
+    elif swept:
         print(sweep_report(swept))
-    if rows := [row for row in rows if row["multiple"] is not None]:
-        from benchmarks.quality.plot import draw_scores
-
-        measured_on = headers(arguments.rows)
-        stem = f"guard_{measured_on[0]['slug']}"
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        draw_scores(rows, arguments.output_dir / f"{stem}.png")
-        write_csv(rows, arguments.output_dir / f"{stem}.csv")
-        facts = "\n".join(header["facts"] for header in measured_on)
-        text = guard_report(rows, facts, f"{stem}.png")
-        (arguments.output_dir / f"{stem}.md").write_text(text)
-        print(text)
+    if at_multiples:
+        write_guard(at_multiples, facts, arguments)
 
 
 if __name__ == "__main__":

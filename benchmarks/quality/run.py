@@ -28,7 +28,7 @@ from adaptlr.bench.facts import facts_of
 from benchmarks.quality import grid
 from benchmarks.quality.data import Data, load
 from benchmarks.quality.methods import ALL_METHODS, METHODS, SEARCHES
-from benchmarks.quality.tasks import ALL_TASKS, TASKS
+from benchmarks.quality.tasks import ALL_TASKS, LONG_TASKS, TASKS
 from benchmarks.quality.training import Run, clean_up, train
 
 MOST_FAILURES = 5  # a broken set-up fails every time, and a CUDA error spoils a worker for good
@@ -106,17 +106,25 @@ def write(rows: Iterable[dict | None], total: int, arguments: argparse.Namespace
 
 def planned(arguments: argparse.Namespace) -> list[Run]:
     """Return the runs that were asked for and are not in the file yet."""
-    common = (range(arguments.seeds), arguments.steps)
+    tasks, optimizers, steps = arguments.tasks, arguments.optimizers, arguments.steps
+    seeds = range(arguments.seeds)
+
+    def among(methods: Iterable[str]) -> list[str]:
+        return [method for method in arguments.methods if method in methods]
+
     if arguments.sweep:
-        runs = grid.sweep_grid(arguments.tasks, arguments.optimizers, *common)
+        runs = [*grid.sweep_grid(tasks, optimizers, seeds, steps)]
     else:
-        tasks, optimizers = arguments.tasks, arguments.optimizers
-        methods = [method for method in arguments.methods if method in METHODS]
-        searches = [method for method in arguments.methods if method in SEARCHES]
-        runs = [
-            *grid.guard_grid(tasks, optimizers, methods, arguments.multiples, *common),
-            *grid.search_grid(tasks, optimizers, searches, *common),
-        ]
+        runs = [*grid.near_grid(tasks, optimizers, arguments.near, steps)] if arguments.near else []
+        starts = (among(SEARCHES), seeds, steps, arguments.starts)
+        runs += grid.search_grid(tasks, optimizers, *starts)
+        if arguments.fixed:
+            runs += grid.fixed_grid(tasks, optimizers, among(grid.FIXED_RATES), seeds, steps)
+        elif methods := among(METHODS):
+            multiples = arguments.multiples
+            runs += grid.guard_grid(tasks, optimizers, methods, multiples, seeds, steps)
+    # Long runs first: one that begins last would keep all others waiting.
+    runs.sort(key=lambda run: run.task not in LONG_TASKS)
     done = {grid.key_of(row) for row in grid.read_rows(arguments.output)}
     return [run for run in runs if run.key() not in done]
 
@@ -128,11 +136,14 @@ def parse() -> argparse.Namespace:
     add("data", type=Path, help="directory that build.py has filled")
     add("--output", type=Path, default=Path("guard.jsonl"), help="rows; appended to")
     add("--tasks", nargs="+", choices=ALL_TASKS, default=list(TASKS), metavar="TASK")
-    add("--optimizers", nargs="+", choices=grid.OPTIMIZERS, default=grid.OPTIMIZERS)
+    add("--optimizers", nargs="+", choices=grid.ALL_OPTIMIZERS, default=grid.OPTIMIZERS)
     add("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
     add("--multiples", nargs="+", type=int, choices=grid.MULTIPLES, default=grid.MULTIPLES)
     add("--seeds", type=int, default=2, help="how many, from 0")
     add("--sweep", action="store_true", help="plain runs over all rates instead")
+    add("--fixed", action="store_true", help="peers at the one rate that they get on every task")
+    add("--near", type=int, default=0, help="plain runs too, so many half decades to both sides")
+    add("--starts", type=int, help="how many rates a search is begun with")
     add("--steps", type=int, help="a shorter budget, to see whether everything runs")
     add("--minutes", type=float, default=math.inf, help="no run is started after so long")
     cores = max(1, min(15, (os.cpu_count() or 1) - 1))

@@ -21,6 +21,16 @@ WARM_UP_ITERATIONS = 3  # torch asks for some before a capture
 Stage = Callable[[], object]
 
 
+class Eager:
+    """A stage that no graph can hold; it is called between the graphs of the others."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def __call__(self) -> None:
+        self.stage()
+
+
 class Gradients:
     """The stage that every method shares: clipped gradients of the batch at `index`.
 
@@ -51,7 +61,7 @@ class Gradients:
 def captured(
     stages: Sequence[Stage], model: nn.Module, suspended: AbstractContextManager
 ) -> list[Stage]:
-    """Capture every stage; parameters and buffers are afterwards what they were before.
+    """Capture every stage but the eager ones; parameters and buffers are left as they were.
 
     Optimizer state is not: the iterations before the capture create it, as they must.
 
@@ -63,11 +73,11 @@ def captured(
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
     with suspended:
-        _iterate(stages)
-    graphs = [_capture(stage) for stage in stages]
+        _iterate([stage for stage in stages if not isinstance(stage, Eager)])
+    ready = [stage if isinstance(stage, Eager) else _capture(stage).replay for stage in stages]
     # BatchNorm has counted the iterations, whatever the optimizer did in them.
     copy_into(tensors, before)
-    return [graph.replay for graph in graphs]
+    return ready
 
 
 def _iterate(stages: Iterable[Stage]) -> None:

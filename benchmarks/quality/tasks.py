@@ -7,7 +7,7 @@ The best rates and losses are those of a cosine sweep in half decades, two seeds
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ class Task:
         batch: Examples in a batch.
         steps: Budget of a run, warm-up included.
         adamw, sgd: The best of the sweep; ``None`` where the rate is held back for later.
+        like: The task that this one is a variant of: its best rates are near.
     """
 
     data: str
@@ -42,10 +43,11 @@ class Task:
     steps: int
     adamw: Best | None = None
     sgd: Best | None = None
+    like: str | None = None
 
     def best(self, optimizer: str) -> Best | None:
-        """Return the best of the sweep with ``optimizer``."""
-        return {"adamw": self.adamw, "sgd": self.sgd}[optimizer]
+        """Return the best of the sweep with ``optimizer``, None where there is no sweep."""
+        return {"adamw": self.adamw, "sgd": self.sgd}.get(optimizer)
 
 
 def half_decade(exponent: int) -> float:
@@ -101,7 +103,18 @@ HELD_OUT_TASKS = {
         sgd=Best(half_decade(-1), 1.8648),
     ),
 }
-ALL_TASKS = TASKS | HELD_OUT_TASKS
+
+# Longer runs and larger batches, each measured against a sweep of its own.
+_VARIED = {name: TASKS[name] for name in ("minilm_debian", "gpt", "digits")}
+LONG_TASKS = {
+    f"{name}_3x_steps": replace(task, steps=3 * task.steps, adamw=None, sgd=None, like=name)
+    for name, task in _VARIED.items()
+}
+LARGE_BATCH_TASKS = {
+    f"{name}_4x_batch": replace(task, batch=4 * task.batch, adamw=None, sgd=None, like=name)
+    for name, task in _VARIED.items()
+}
+ALL_TASKS = TASKS | HELD_OUT_TASKS | LONG_TASKS | LARGE_BATCH_TASKS
 
 
 def progress_recovered(start: float, end: float, best: float) -> float:
