@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy.typing as npt
 import torch
@@ -20,6 +20,7 @@ from adaptlr.errors import TrainingDiverged
 from adaptlr.events import Event, make_events
 from adaptlr.hooks import replace_closure
 from adaptlr.host_path import HostPath
+from adaptlr.saved_slots import SNAPSHOTS_KEY, SavedSlots, pack_slots
 from adaptlr.telemetry import Flag, Phase, restored_slot
 
 if TYPE_CHECKING:
@@ -40,6 +41,13 @@ _TOLD_EVENTS = 8
 _TOLD_ONCE = int(Flag.ENDED | Flag.OVERWRITTEN | Flag.FAR_LR)
 
 
+class Loading(NamedTuple):
+    """What a checkpoint holds of the controller: its state, and snapshots where asked for."""
+
+    checkpoint: Checkpoint
+    slots: SavedSlots | None
+
+
 class Attachment:
     """Runs the control step before the optimizer's, heeds its answer, and keeps it in checkpoints.
 
@@ -50,6 +58,7 @@ class Attachment:
         snapshots: What a rollback goes back to.
         failure_told: Whether `TrainingDiverged` was raised already.
         own_events: What the host did by itself, oldest first; grows in place.
+        saves_snapshots: Whether the optimizer's state dict carries snapshots as well.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Attachment:
         snapshots: Snapshots,
         gradient: FirstGradient,
         on_event: Callable[[Event], Any] | None = None,
+        saves_snapshots: bool = False,
     ) -> None:
         """Take ``path`` into service."""
         self.optimizer = optimizer
@@ -71,12 +81,13 @@ class Attachment:
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
         self.own_events: list[Event] = []
+        self.saves_snapshots = saves_snapshots
         self._on_event = on_event
         self._told = 0  # events, to on_event
         path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS | (EVENT if on_event else 0)
         self.pre_hook = self._connect(path)
         self.post_hook = hook_of(path, "after_step") if snapshots.wanted else None
-        self._loading: Checkpoint | None = None
+        self._loading: Loading | None = None
 
     def _connect(self, path: Path) -> Callable[..., Any]:
         """Return what the optimizer calls before its step: a quick way to `before_step`."""
@@ -259,8 +270,8 @@ class Attachment:
         )
 
     def _what_is_left(self) -> str:
-        row = self.path.core.events(0)[-1]
-        if restored_slot(row):
+        rows = self.path.core.events(0)  # none, if a run that had failed was resumed
+        if len(rows) and restored_slot(rows[-1]):
             return "The parameters are those of the last good snapshot."
         return "The parameters are those of the last step taken."
 
@@ -296,37 +307,63 @@ class Attachment:
             )
         )
 
+    def entries(self, snapshots: bool) -> dict[str, Any]:
+        """Return what a state dict holds of the controller. Waits for the device."""
+        entries: dict[str, Any] = {KEY: self.checkpoint()}
+        saved = self.snapshots.saved() if snapshots else None
+        if saved is not None:
+            entries[SNAPSHOTS_KEY] = pack_slots(saved)
+        return entries
+
     def save(self, state_dict: dict[str, Any]) -> None:
         """Add the state to the optimizer's, whose lr and flags are shown as the user knows them."""
         for index, group in enumerate(state_dict["param_groups"]):
             group.update(self.path.saved_group(index))
-        state_dict["param_groups"][0][KEY] = self.checkpoint()
+        state_dict["param_groups"][0].update(self.entries(self.saves_snapshots))
 
-    def check(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that cannot be taken, before the optimizer has changed anything."""
-        groups = state_dict.get("param_groups") or [{}]
-        saved = groups[0].get(KEY)
-        self._loading = None if saved is None else self.checked(saved)
+    def check(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a state that cannot be taken, before the optimizer has changed anything.
 
-    def checked(self, saved: object) -> Checkpoint:
-        """Read a saved state and try it on a copy of the config; raise if it cannot be taken."""
-        checkpoint = unpack(saved, len(self.optimizer.param_groups))
+        Returns:
+            The state dict without snapshots, of which torch would make a copy.
+        """
+        first, *others = state_dict.get("param_groups") or [{}]
+        is_ours = first.get(KEY) is not None
+        self._loading = self.checked(first, state_dict.get("state")) if is_ours else None
+        if SNAPSHOTS_KEY not in first:
+            return state_dict
+        first = {key: value for key, value in first.items() if key != SNAPSHOTS_KEY}
+        return {**state_dict, "param_groups": [first, *others]}
+
+    def checked(self, entries: dict[str, Any], coming: dict[Any, Any] | None = None) -> Loading:
+        """Read saved entries and try them on a copy of the config; raise if they cannot be taken.
+
+        Args:
+            entries: As `entries` has made them.
+            coming: The optimizer's state, if that is about to be loaded as well.
+        """
+        checkpoint = unpack(entries[KEY], len(self.optimizer.param_groups))
         self._apply(checkpoint, copy.copy(self.config))
-        return checkpoint
+        packed = entries.get(SNAPSHOTS_KEY)
+        if packed is None:
+            return Loading(checkpoint, None)
+        return Loading(checkpoint, self.snapshots.checked(packed, checkpoint.state, coming))
 
     def load(self) -> None:
         """Take the state out of the optimizer's, which has just replaced its groups."""
         for group in self.optimizer.param_groups:
-            group.pop(KEY, None)
-        checkpoint, self._loading = self._loading, None
-        if checkpoint is None:
+            for key in (KEY, SNAPSHOTS_KEY):
+                group.pop(key, None)
+        loading, self._loading = self._loading, None
+        if loading is None:
+            self.snapshots.accept(None)
             warnings.warn(
                 "the loaded optimizer state holds no adaptlr state; the controller goes on from "
                 f"its own step {int(self.path.state()['step'])}",
                 stacklevel=4,
             )
         else:
-            self.restore(checkpoint)
+            self.restore(loading)
         self.path.bind()
         self.snapshots.reload(self.start_step)
 
@@ -339,32 +376,34 @@ class Attachment:
         if checkpoint.made_peaks == made_peaks or config.search_steps >= 0:
             config.set_peaks(checkpoint.peaks)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, loading: Loading) -> None:
         """Go on from a checkpoint that was `checked`."""
-        self._apply(checkpoint, self.config)
+        self._apply(loading.checkpoint, self.config)
         self.path.drop()
-        state = _extension.resumed(self.config.row, checkpoint.state)
+        saved = state = loading.checkpoint.state
+        lack = self.snapshots.accept(loading.slots)
+        if lack:
+            state = _extension.resumed(self.config.row, saved)
         self.path.configure(state)
         self.start_step = int(state["step"])
         if self.start_step == 0:
             return  # the state of a fresh run: Accelerate reloads it when it prepares an optimizer
         lr, factor = float(state["lr"]), float(state["factor"])
-        reason = f"resumed at step {self.start_step}{_ended_phase(checkpoint.state, state)}"
+        reason = f"resumed at step {self.start_step}"
+        if loading.slots is not None:
+            reason += " without the checkpoint's snapshots" if lack else " with its snapshots"
+        reason += _ended_phase(saved, state, lack)
         self.say("resume", reason, step=self.start_step, lr=lr, factor=factor)
 
 
-def _ended_phase(saved: npt.NDArray[Any], state: npt.NDArray[Any]) -> str:
+def _ended_phase(saved: npt.NDArray[Any], state: npt.NDArray[Any], lack: str) -> str:
     """Say if an experiment could not go on for lack of its snapshots."""
     if saved["phase"] == state["phase"]:
         return ""
+    under_way = (
+        f"; the {Phase(int(saved['phase'])).name.lower()} that was under way needs snapshots"
+    )
     if saved["phase"] == Phase.SEARCH:
         peak = float(state["cut_factor"] * state["peak"])
-        return (
-            "; the search that was under way needs snapshots, which a checkpoint does not hold: it "
-            f"ends with a peak of {peak:.3g}, from the weights at hand"
-        )
-    return (
-        f"; the {Phase(int(saved['phase'])).name.lower()} that was under way needs snapshots, "
-        "which a checkpoint does not hold: it ends with "
-        f"{float(state['cut_factor']):.3g} of the schedule"
-    )
+        return f"{under_way}, {lack}: it ends with a peak of {peak:.3g}, from the weights at hand"
+    return f"{under_way}, {lack}: it ends with {float(state['cut_factor']):.3g} of the schedule"

@@ -209,6 +209,18 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
         raw = self._block[offset : offset + size].cpu().numpy()
         return np.array(raw.view(_extension.state_dtype)[0])
 
+    def saved_states(self) -> npt.NDArray[Any]:
+        """Return a copy of the States beside the snapshots. Waits for the device."""
+        return self._saved_bytes().cpu().numpy().view(_extension.state_dtype)
+
+    def set_saved_states(self, states: npt.NDArray[Any]) -> None:
+        """Set the States beside the snapshots."""
+        self._saved_bytes().copy_(torch.from_numpy(states.view(np.uint8)))
+
+    def _saved_bytes(self) -> torch.Tensor:
+        size = _extension.SAVED_STATES * _extension.state_dtype.itemsize
+        return self._block[_extension.SAVED_OFFSET : _extension.SAVED_OFFSET + size]
+
     def tell_estimate(self, estimate: torch.Tensor) -> None:
         """Hand over what the first gradient told, before the first step."""
         _, offset = _extension.state_dtype.fields["estimate"][:2]  # type: ignore[index]

@@ -176,6 +176,14 @@ class HostPath(_extension.HostLoop, Pending):
         """Return a copy of the State."""
         return self.core.state
 
+    def saved_states(self) -> npt.NDArray[Any]:
+        """Return a copy of the States beside the snapshots."""
+        return self.core.saved
+
+    def set_saved_states(self, states: npt.NDArray[Any]) -> None:
+        """Set the States beside the snapshots."""
+        self.core.saved = states
+
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the extension; set the rates that follow."""
         self.send_config()

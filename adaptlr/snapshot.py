@@ -16,7 +16,7 @@ import torch
 
 from adaptlr import _extension
 from adaptlr.config import GuardMode, ResolvedConfig
-from adaptlr.contents import Contents
+from adaptlr.contents import Contents, copied, matched, merged
 from adaptlr.device_slots import DeviceSlots
 from adaptlr.host_path import HostPath
 from adaptlr.host_slots import HostSlots
@@ -29,9 +29,12 @@ from adaptlr.placement import (
     slot_bytes,
 )
 from adaptlr.rollback_news import RollbackNews
+from adaptlr.saved_slots import SavedSlots, slots_of, unpack_slots
 from adaptlr.telemetry import SLOT_BITS
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from adaptlr.attachment import Path
 
 logger = logging.getLogger("adaptlr")
@@ -73,11 +76,15 @@ class Snapshots:
         self._host: HostSlots | None = None
         self._device: DeviceSlots | None = None
         self._news: RollbackNews | None = None
-        self._filled: dict[int, int] = {}  # slot -> steps taken by then, as far as the host knows
+        self._loaded: SavedSlots | None = None  # until the slots are made
+        self._filled: dict[
+            int, int | None
+        ] = {}  # slot -> steps taken by then, as far as the host knows
         self._told = ""
         self._checks = 0
         self.slots = 0
         self.where: str | None = None
+        self._reserved: Placement
         self.wanted = choice != "off" and config.row["guard_mode"] == GuardMode.ACT
         path.prepares = bool(self.wanted)
         path.catch_up = self._after_step
@@ -108,6 +115,7 @@ class Snapshots:
                 return
             if not path.is_capturing():
                 self.begin(step)
+                self._loaded = None
             elif self.slots == 0:
                 self._give_up(
                     "the first step is captured in a CUDA graph, where they cannot be made: run "
@@ -117,7 +125,7 @@ class Snapshots:
             self.notice()
 
     def begin(self, step: int) -> None:
-        """Make all slots, and fill them with what is there now."""
+        """Make all slots, and fill them with what is there, or what a checkpoint has brought."""
         self._forget()
         placement = self._place()
         if placement.slots == 0:
@@ -131,6 +139,8 @@ class Snapshots:
         except ValueError as error:
             return self._give_up(str(error))
         self._filled = {START: step}
+        if self._loaded is not None:
+            self._take_in(self._loaded)
         self._path.entries = len(self._optimizer.state)
         self._allow(placement.slots)
         self._tell(placement)
@@ -172,6 +182,8 @@ class Snapshots:
             self._give_up(str(error))
 
     def _place(self) -> Placement:
+        if self._loaded is not None:
+            return self._reserved  # there was room when they were loaded
         size = slot_bytes(self._contents)
         free = free_device_bytes(next(iter(self._contents.weights().values())).device)
         return place(size, self._choice, free, free_host_bytes())
@@ -245,7 +257,71 @@ class Snapshots:
 
     def _report(self, slot: int, step: int | None) -> None:
         if self._on_rollback is not None:
-            self._on_rollback(self._filled.get(slot, step))
+            self._on_rollback(self._filled.get(slot) if step is None else step)
+
+    # -- checkpoints ----------------------------------------------------------
+
+    def saved(self) -> SavedSlots | None:
+        """Return a copy of all slots that the run could go back to. Waits for the device.
+
+        Returns:
+            None where there are no snapshots: before the first step, or for want of memory.
+        """
+        if self._loaded is not None or self._host is None:
+            return self._loaded
+        state = self._path.state()
+        self.catch_up()
+        if self._path.entries != len(self._optimizer.state):
+            self.notice()
+        slots = {slot: self._read(slot) for slot in sorted(slots_of(state))}
+        return SavedSlots(self._path.saved_states(), slots)
+
+    def _read(self, slot: int) -> dict[str, Any]:
+        assert self._host is not None
+        values, device = self._host.read(slot), self._device
+        if device is not None:
+            live = self._contents.live()
+            values = merged(values, copied(live, None, lambda tensor, _: device.read(tensor, slot)))
+        told = None if self._news is None else self._news.filled_at(slot)
+        return {"step": self._filled.get(slot) if told is None else told, **values}
+
+    def checked(
+        self, packed: object, state: npt.NDArray[Any], coming: dict[Any, Any] | None
+    ) -> SavedSlots:
+        """Read snapshots of a checkpoint; raise if they do not fit. See `unpack_slots`."""
+        on_device = not isinstance(self._path, HostPath)
+        return unpack_slots(packed, state, self._contents, coming, is_complete=on_device)
+
+    def accept(self, saved: SavedSlots | None) -> str:
+        """Keep snapshots that were `checked` for the first step, which takes them in.
+
+        Returns:
+            Why not, in words that end a sentence, or nothing.
+        """
+        self._loaded = None
+        if saved is None:
+            return "which this checkpoint does not hold"
+        if not self.wanted:
+            return "which this run does not keep"
+        self._reserved = self._place()
+        if self._reserved.slots < saved.count:
+            return "for which there is no room now"
+        self._loaded = saved
+        return ""
+
+    def _take_in(self, saved: SavedSlots) -> None:
+        """Fill the slots from a checkpoint. Waits for the device."""
+        assert self._host is not None
+        if self._device is not None:
+            torch.cuda.synchronize(self._path.device)  # type: ignore[union-attr]
+        for slot, values in saved.slots.items():
+            self._filled[slot] = values["step"]
+            self._host.write(slot, values)
+            if self._device is not None:
+                for tensor, live in matched(values, self._contents.live()):
+                    self._device.write(live, slot, tensor)
+        self._host.cover_new()
+        self._path.set_saved_states(saved.states)
 
     # -- the end --------------------------------------------------------------
 
@@ -270,7 +346,7 @@ class Snapshots:
         if not self._path.is_capturing():
             self._allow(0)
         message = f"snapshots are off, and with them rollbacks: {reason}"
-        if self._choice != "auto":
+        if self._choice != "auto" or self._loaded is not None:
             raise ValueError(message)
         warnings.warn(f'{message}; snapshot="off" silences this', stacklevel=2)
 

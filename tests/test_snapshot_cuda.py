@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from conftest import loss_of, parameters_of, same, train
@@ -151,6 +153,57 @@ def test_a_step_that_is_not_ours_repeats_no_order(make_model, data):
     orders.give(restore=START)
     optimizer.step()
     assert not same(parameters_of(model), before)
+
+
+def through_a_file(value: object):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_can_bring_the_slots_back(name, place, make_model, data):
+    options = {"snapshot": place, "save_snapshots": True}
+    model, optimizer, controller, orders = made(make_model, name, **options)
+    start = parameters_of(model)
+    train(controller, model, data[:5])
+    orders.give(save=FIRST)
+    train(controller, model, data[5:6])
+    first = device_state(optimizer)
+    train(controller, model, data[6:8])
+    state = controller._path.state()
+    state["good_slot"] = FIRST
+    controller._path.configure(state)
+    saved = through_a_file((model.state_dict(), optimizer.state_dict()))
+    other, its_optimizer, resumed, its_orders = made(make_model, name, **options)
+    its_optimizer.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    again = through_a_file(resumed.state_dict(snapshots=True))
+    assert equal(again["adaptlr_snapshots"], saved[1]["param_groups"][0]["adaptlr_snapshots"])
+    its_orders.give(restore=FIRST)
+    train(resumed, other, data[8:9])
+    assert equal(device_state(its_optimizer), first)
+    train(resumed, other, data[9:10])
+    its_orders.give(restore=START)
+    train(resumed, other, data[10:11])
+    assert same(parameters_of(other), start)
+
+
+def test_slots_of_a_checkpoint_are_there_for_replays(make_model, data):
+    model, optimizer, controller, orders = made(make_model, "AdamW", save_snapshots=True)
+    start = parameters_of(model)
+    train(controller, model, data[:4])
+    saved = through_a_file((model.state_dict(), optimizer.state_dict()))
+    other, its_optimizer, resumed, its_orders = made(make_model, "AdamW")
+    graphed = WholeStep(other, its_optimizer, resumed, data[0])
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1]["param_groups"][0])
+    assert not same(parameters_of(other), start)
+    its_orders.give(restore=START)
+    graphed.replay(data[4])
+    assert same(parameters_of(other), start)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
