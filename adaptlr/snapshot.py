@@ -84,7 +84,7 @@ class Snapshots:
         self._checks = 0
         self.slots = 0
         self.where: str | None = None
-        self._reserved: Placement
+        self._placement: Placement
         self.wanted = choice != "off" and config.row["guard_mode"] == GuardMode.ACT
         path.prepares = bool(self.wanted)
         path.catch_up = self._after_step
@@ -127,7 +127,7 @@ class Snapshots:
     def begin(self, step: int) -> None:
         """Make all slots, and fill them with what is there, or what a checkpoint has brought."""
         self._forget()
-        placement = self._place()
+        placement = self._placement = self._place()
         if placement.slots == 0:
             return self._give_up(
                 f"one slot takes about {shown(placement.slot_bytes)}, more than a quarter of the "
@@ -183,7 +183,7 @@ class Snapshots:
 
     def _place(self) -> Placement:
         if self._loaded is not None:
-            return self._reserved  # there was room when they were loaded
+            return self._placement  # there was room when they were loaded
         size = slot_bytes(self._contents)
         free = free_device_bytes(next(iter(self._contents.weights().values())).device)
         return place(size, self._choice, free, free_host_bytes())
@@ -303,8 +303,9 @@ class Snapshots:
             return "which this checkpoint does not hold"
         if not self.wanted:
             return "which this run does not keep"
-        self._reserved = self._place()
-        if self._reserved.slots < saved.count:
+        if self.slots == 0:
+            self._placement = self._place()
+        if self._placement.slots < saved.count:
             return "for which there is no room now"
         self._loaded = saved
         return ""

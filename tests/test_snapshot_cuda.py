@@ -192,7 +192,7 @@ def test_a_checkpoint_can_bring_the_slots_back(name, place, make_model, data):
 
 
 def test_slots_of_a_checkpoint_are_there_for_replays(make_model, data):
-    model, optimizer, controller, orders = made(make_model, "AdamW", save_snapshots=True)
+    model, optimizer, controller, _ = made(make_model, "AdamW", save_snapshots=True)
     start = parameters_of(model)
     train(controller, model, data[:4])
     saved = through_a_file((model.state_dict(), optimizer.state_dict()))
