@@ -25,6 +25,8 @@ SLOTS: Final[int]
 # States that lie beside the snapshots: of all slots but the first.
 SAVED_STATES: Final[int]
 START_SLOT: Final[int]
+# What an order has in place of a slot to put back where the first moments are to be zeroed.
+ZERO_MOMENT: Final[int]
 SAVE_SHIFT: Final[int]
 RESTORE_SHIFT: Final[int]
 # Bits of the notices, beside those of Flag: the guard has ended the run, there is an event, another

@@ -86,7 +86,7 @@ class Attachment:
         self._told = 0  # events, to on_event
         path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS | (EVENT if on_event else 0)
         self.pre_hook = self._connect(path)
-        self.post_hook = hook_of(path, "after_step") if snapshots.wanted else None
+        self.post_hook = hook_of(path, "after_step") if snapshots.acts else None
         self._loading: Loading | None = None
 
     def _connect(self, path: Path) -> Callable[..., Any]:

@@ -29,9 +29,9 @@ _COUNTS = dict.fromkeys(("step", "samples", "norm_samples"), np.inf) | {
     "phase": max(Phase).value,
     "fine.next_difference": _extension.DIFFERENCES - 1,
     "coarse.next_difference": _extension.DIFFERENCES - 1,
-    "aside_slot": max(Slot).value,
-    "good_slot": max(Slot).value,
-    "pending_slot": max(Slot).value,
+    "aside_slot": Slot.SECOND.value,
+    "good_slot": Slot.SECOND.value,
+    "pending_slot": Slot.SECOND.value,
 }
 
 

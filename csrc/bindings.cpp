@@ -183,6 +183,7 @@ void define_layouts(py::module_& module) {
   module.attr("SLOTS") = kSlots;
   module.attr("SAVED_STATES") = kSavedStates;
   module.attr("START_SLOT") = static_cast<int>(kStart);
+  module.attr("ZERO_MOMENT") = static_cast<int>(kZeroMoment);
   module.attr("SAVE_SHIFT") = kSaveShift;
   module.attr("RESTORE_SHIFT") = kRestoreShift;
   module.attr("FAILED_NOTICE") = kFailedNotice;

@@ -123,6 +123,8 @@ constexpr int64_t kPieceBytes = 64 * 1024;
 struct SnapshotTable {
   const Piece* pieces;
   int64_t count;
+  const Piece* moments; // the optimizer's first moments, which have no copies here
+  int64_t moment_count;
 };
 
 /// Of adaptlr_snapshot.

@@ -210,14 +210,11 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const Configur
   block.save = block.restore = kNoSlot;
 }
 
-/// Zeroes ranges of memory if the coming update is to be skipped: for optimizers that do not read
-/// the flag. Addresses need no alignment.
-extern "C" __global__ void __launch_bounds__(256) adaptlr_zero_if(const ZeroParams params) {
-  if (params.block->skip == 0.0f)
-    return;
-  const Range range = params.ranges[blockIdx.y];
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+namespace {
+
+/// Zeroes a range of memory together with other threads, of which there are at least kVectorBytes.
+/// The address needs no alignment.
+__device__ void zero(const Range& range, int64_t thread, int64_t threads) {
   const auto misaligned = reinterpret_cast<unsigned long long>(range.address) % kVectorBytes;
   int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
   if (head > range.bytes)
@@ -231,6 +228,18 @@ extern "C" __global__ void __launch_bounds__(256) adaptlr_zero_if(const ZeroPara
     range.address[thread] = 0;
   if (tail + thread < range.bytes && thread < kVectorBytes)
     range.address[tail + thread] = 0;
+}
+
+} // namespace
+
+/// Zeroes ranges of memory if the coming update is to be skipped: for optimizers that do not read
+/// the flag.
+extern "C" __global__ void __launch_bounds__(256) adaptlr_zero_if(const ZeroParams params) {
+  if (params.block->skip == 0.0f)
+    return;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  zero(params.ranges[blockIdx.y], thread, threads);
 }
 
 namespace {
@@ -292,8 +301,8 @@ __device__ void exchange(const Piece& piece, int64_t save, int64_t restore) {
 
 } // namespace
 
-/// Fills and puts back the slots that the last control step has ordered, usually none. Launched
-/// after the update, with a grid that does not depend on the table.
+/// Fills and puts back the slots that the last control step has ordered, usually none, or zeroes
+/// the first moments. Launched after the update, with a grid that does not depend on the table.
 extern "C" __global__ void __launch_bounds__(256)
     adaptlr_snapshot(const __grid_constant__ SnapshotParams params) {
   const bool filling = params.fill != kNoSlot;
@@ -302,6 +311,11 @@ extern "C" __global__ void __launch_bounds__(256)
   if (save == kNoSlot && restore == kNoSlot)
     return;
   const SnapshotTable table = *params.table;
+  if (restore == kZeroMoment) {
+    for (int64_t i = blockIdx.x; i < table.moment_count; i += gridDim.x)
+      zero(Range{table.moments[i].address, table.moments[i].bytes}, threadIdx.x, blockDim.x);
+    return;
+  }
   for (int64_t i = blockIdx.x; i < table.count; i += gridDim.x)
     exchange(table.pieces[i], save, restore);
 }

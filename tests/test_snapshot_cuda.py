@@ -13,7 +13,7 @@ from test_snapshot import FIRST, SECOND, START, addresses, equal, frozen
 from test_update import config_of, to_structured
 from traces import TRACES
 
-from adaptlr import AdaptiveLR, _extension
+from adaptlr import AdaptiveLR, Phase, _extension
 from adaptlr.device_slots import DeviceSlots
 
 pytestmark = pytest.mark.cuda
@@ -153,6 +153,67 @@ def test_a_step_that_is_not_ours_repeats_no_order(make_model, data):
     orders.give(restore=START)
     optimizer.step()
     assert not same(parameters_of(model), before)
+
+
+def moments_of(optimizer) -> list[torch.Tensor]:
+    names = ("exp_avg", "momentum_buffer")
+    return [state[name] for state in optimizer.state.values() for name in names if name in state]
+
+
+def others_of(optimizer) -> object:
+    """Return a copy of everything on the device but the first moments."""
+    kept = device_state(optimizer)
+    for state in kept["state"].values():
+        for name in ("exp_avg", "momentum_buffer"):
+            state.pop(name, None)
+    return kept
+
+
+@pytest.mark.parametrize("place", ["off", "device"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "NAdam"])
+def test_first_moments_are_zeroed_on_the_device_and_nothing_else(name, place, make_model, data):
+    model, optimizer, controller, orders = made(make_model, name, snapshot=place)
+    train(controller, model, data[:5])
+    assert all(moment.any() for moment in moments_of(optimizer))
+    at_update: list = []
+    handle = optimizer.register_step_post_hook(lambda *_: at_update.append(others_of(optimizer)))
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    orders.give(restore=_extension.ZERO_MOMENT)
+    train(controller, model, data[5:6])
+    assert not any(moment.any() for moment in moments_of(optimizer))
+    assert equal(others_of(optimizer), at_update[0])
+    train(controller, model, data[6:7])
+    assert all(moment.any() for moment in moments_of(optimizer))
+
+
+@pytest.mark.parametrize("place", ["off", "device"])
+@pytest.mark.parametrize("name", GRAPHED)
+def test_a_captured_graph_zeroes_first_moments(name, place, make_model, data):
+    model, optimizer, controller, orders = made(make_model, name, snapshot=place)
+    step = WholeStep(model, optimizer, controller, data[0])
+    for batch in data[:5]:
+        step.replay(batch)
+    assert all(moment.any() for moment in moments_of(optimizer))
+    orders.give(restore=_extension.ZERO_MOMENT)
+    step.replay(data[5])
+    assert not any(moment.any() for moment in moments_of(optimizer))
+
+
+def test_a_cut_without_snapshots_zeroes_the_first_moment_by_itself(make_model, data):
+    model = make_model(device="cuda")
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    controller = AdaptiveLR(optimizer, total_steps=200, snapshot="off", warmup=0)
+    for index in range(90):
+        loss_of(model, data[index % len(data)]).backward()
+        level = 1.0 + 0.01 * (index % 7) + 0.2 * max(0, index - 70)
+        controller.step(torch.tensor(level, device="cuda"))
+        controller.zero_grad()
+        torch.cuda.synchronize()
+        if controller.status().phase is Phase.REWARM:
+            break
+    assert controller.status().phase is Phase.REWARM
+    assert not any(moment.any() for moment in moments_of(optimizer))
+    assert "momentum zeroed" in controller.events()[-1].reason
 
 
 def through_a_file(value: object):
