@@ -18,6 +18,7 @@ from adaptlr.compiled import hook_of
 from adaptlr.config import ResolvedConfig
 from adaptlr.errors import TrainingDiverged
 from adaptlr.events import Event, make_events
+from adaptlr.first_moments import FirstMoments
 from adaptlr.hooks import replace_closure
 from adaptlr.host_path import HostPath
 from adaptlr.saved_slots import SNAPSHOTS_KEY, SavedSlots, pack_slots
@@ -77,6 +78,7 @@ class Attachment:
         self.path = path
         self.snapshots = snapshots
         self._gradient = gradient
+        self._moments = FirstMoments(optimizer, config, path)
         self.failure_told = False
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
@@ -86,7 +88,7 @@ class Attachment:
         self._told = 0  # events, to on_event
         path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS | (EVENT if on_event else 0)
         self.pre_hook = self._connect(path)
-        self.post_hook = hook_of(path, "after_step") if snapshots.acts else None
+        self.post_hook = hook_of(path, "after_step") if snapshots.wanted else None
         self._loading: Loading | None = None
 
     def _connect(self, path: Path) -> Callable[..., Any]:
@@ -127,6 +129,7 @@ class Attachment:
             return self._note_unobserved()
         self._gradient.take(self.start_step)
         self.snapshots.prepare(self.start_step)
+        self._moments.prepare()
         code = path.step()
         if code == _extension.NEW_GROUPS:
             self._adopt_groups()
@@ -169,6 +172,7 @@ class Attachment:
         finally:
             path.suspended = False
             path.resume()
+            self._moments.tell()
             self.snapshots.resumed(self.start_step)
 
     def _note_unobserved(self) -> None:
@@ -192,6 +196,7 @@ class Attachment:
         self.path.adopt()
         self.path.configure()
         self.snapshots.notice()
+        self._moments.look()
 
     # -- notices --------------------------------------------------------------
 
@@ -366,6 +371,7 @@ class Attachment:
             self.restore(loading)
         self.path.bind()
         self.snapshots.reload(self.start_step)
+        self._moments.look()
 
     def _apply(self, checkpoint: Checkpoint, config: ResolvedConfig) -> None:
         """Let `extend` and `set_peak` survive; a constructor that was told differently wins."""

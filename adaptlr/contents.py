@@ -18,9 +18,6 @@ _SETTINGS = frozenset(
     )
 )
 
-# How optimizers call the moving means of their gradients: torch's own, and those of most others.
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "exp_avg_diff")
-
 Tensor: TypeAlias = torch.Tensor
 
 
@@ -89,16 +86,6 @@ class Contents:
         values = (self.weights(), dict(self.optimizer.state), self.group_values())
         live: dict[str, Any] = copied(self.numbered(*values), None, lambda value, _: opened(value))
         return live
-
-    def first_moments(self) -> Iterator[Tensor]:
-        """Yield the moving means of gradients; not those that are quantised, where 0 is no zero."""
-        for state in self.optimizer.state.values():
-            for name in _FIRST_MOMENTS if isinstance(state, dict) else ():
-                value = state.get(name)
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    part = local(value)
-                    if not hasattr(part, "__tensor_flatten__"):
-                        yield part
 
     def state_parts(self) -> Iterator[Tensor]:
         """Yield what the tensors in the optimizer's state and groups are made of."""

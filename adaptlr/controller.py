@@ -71,8 +71,9 @@ class AdaptiveLR:
             a Python float. ``"auto"`` takes the first of these that the optimizer can.
         history_size: Records kept for `history`, at least 1; 128 bytes each.
         snapshot: Where copies of weights and optimizer state are kept for rollbacks, three at
-            most: ``"device"``, ``"host"`` (slower, and no device memory), or ``"off"``: the guard then
-            skips, cuts, zeroes the first moment and re-warms, and cannot undo. ``"auto"`` takes the first of these that they fit into a quarter of; before it gives up, it keeps
+            most: ``"device"``, ``"host"`` (slower, and no device memory), or ``"off"``: the guard
+            then skips, cuts, zeroes the first moment and re-warms, and cannot undo. ``"auto"``
+            takes the first of these that they fit into a quarter of; before it gives up, it keeps
             the start of the run alone. Made at the first step, and only for a guard that acts.
         model: For models with buffers (BatchNorm): they are part of the copies.
         save_snapshots: Whether ``optimizer.state_dict()`` carries the copies as well, for

@@ -227,6 +227,20 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
         begin = _extension.STATE_OFFSET + int(offset)
         self._block[begin : begin + 8].view(torch.float64)[0].copy_(estimate)
 
+    def tell_moments(self, moments: list[torch.Tensor]) -> None:
+        """Set what a cut without snapshots zeroes: dense tensors on the device."""
+        rows = [(moment.data_ptr(), moment.nbytes) for moment in moments]
+        table = self._integers(rows)
+        begin = _extension.MOMENTS_OFFSET
+        head = self._integers([table.data_ptr(), len(rows)])
+        self._block[begin : begin + 16].view(torch.int64).copy_(head)
+        self._moments = (table, moments)  # alive as long as the device may zero them
+
+    def _integers(self, values: list[Any]) -> torch.Tensor:
+        """Copy integers to the device without waiting for it, which needs pinned memory."""
+        integers = torch.tensor(values, dtype=torch.int64)
+        return integers.pin_memory().to(self._device, non_blocking=True)
+
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the device; set the rates that follow."""
         self.core.configure(self._stream(self._index), self._device_config(), state)

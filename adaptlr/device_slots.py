@@ -74,7 +74,7 @@ class DeviceSlots:
         """Begin with nothing covered."""
         self._core = core
         self._device = device
-        self._head = torch.zeros(4, dtype=torch.int64, device=device)
+        self._head = torch.zeros(2, dtype=torch.int64, device=device)
         self.table: int = self._head.data_ptr()
         self.bytes = 0
         self.lay_out(0, "device")
@@ -87,7 +87,7 @@ class DeviceSlots:
 
     def forget(self) -> None:
         """Free the slots; the head stays for the graphs that hold it. Waits for the device."""
-        if not self._tables:
+        if not self.bytes:
             return
         self._head.zero_()
         torch.cuda.synchronize(self._device)
@@ -100,31 +100,24 @@ class DeviceSlots:
         self._rows: Integers = np.zeros((0, _FIELDS), dtype=np.int64)
         self._tables: list[torch.Tensor] = []  # of a graph being replayed, maybe
         self._covered: dict[int, torch.Tensor] = {}
-        self._moments = 0
         self._places: dict[int, tuple[list[_Memory], int]] = {}  # memory of every slot, and offset
         self.bytes = 0
 
-    def cover(self, tensors: list[torch.Tensor], moments: list[torch.Tensor]) -> None:
+    def cover(self, tensors: list[torch.Tensor]) -> None:
         """Take tensors on the device in that are not covered yet, and copy them into every slot.
 
-        Args:
-            tensors: What slots hold.
-            moments: What is zeroed where there is no slot to put back. All of it.
-
         Raises:
-            ValueError: if the elements of one of the tensors do not fill a stretch of memory.
+            ValueError: if the elements of one do not fill a stretch of memory.
         """
         for tensor in tensors:
             check_dense(tensor)
         new = {tensor.data_ptr(): tensor for tensor in self._uncovered(tensors)}
-        here = [tensor for tensor in moments if tensor.device == self._device and is_dense(tensor)]
-        if not new and len(here) == self._moments:
+        if not new:
             return
         known = len(self._rows)
-        if new:
-            self._append(list(new.values()))
+        self._append(list(new.values()))
         self._covered.update(new)
-        self._publish(known, here)
+        self._publish(known)
 
     def has_moved(self, tensors: list[torch.Tensor]) -> bool:
         """Whether a tensor is not where a covered one was."""
@@ -137,7 +130,8 @@ class DeviceSlots:
                 yield tensor
 
     def _append(self, tensors: list[torch.Tensor]) -> None:
-        addresses, sizes = _stretches(tensors)
+        addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+        sizes = np.array([tensor.nbytes for tensor in tensors], dtype=np.int64)
         offsets, total = places(addresses, sizes)
         memories = [self._allocate(total) for _ in range(self._slots)]
         self._memories += memories
@@ -176,48 +170,22 @@ class DeviceSlots:
         stretch = memories[slot - 1].bytes[offset : offset + tensor.nbytes]
         return stretch.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
-    def _publish(self, known: int, moments: list[torch.Tensor]) -> None:
+    def _publish(self, known: int) -> None:
         """Hand the table to the device; fill every slot with the pieces from ``known`` on."""
-        count = len(self._rows)
-        rows = np.concatenate([self._rows, _rows_of(moments)])
-        table = self._on_device(torch.from_numpy(rows))
+        table = self._on_device(torch.from_numpy(self._rows))
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         self._tables.append(table)
-        self._moments, begin = len(moments), table.data_ptr()
-        if count > known:
-            new = self._head_of(begin + known * _ROW, count - known, 0, 0)
-            stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-            for slot in range(1, self._slots + 1):
-                self._core.snapshot(stream, new.data_ptr(), slot)
-        head = self._head_of(begin, count, begin + count * _ROW, len(rows) - count)
-        self._head.copy_(head)
+        new = self._head_of(table.data_ptr() + known * _ROW, len(self._rows) - known)
+        for slot in range(1, self._slots + 1):
+            self._core.snapshot(stream, new.data_ptr(), slot)
+        self._head.copy_(self._head_of(table.data_ptr(), len(self._rows)))
 
-    def _head_of(self, *words: int) -> torch.Tensor:
-        return self._on_device(torch.tensor(words, dtype=torch.int64))
+    def _head_of(self, address: int, count: int) -> torch.Tensor:
+        return self._on_device(torch.tensor([address, count], dtype=torch.int64))
 
     def _on_device(self, integers: torch.Tensor) -> torch.Tensor:
         """Copy without waiting for the device, which needs pinned memory."""
         return integers.pin_memory().to(self._device, non_blocking=True)
-
-
-def _stretches(tensors: list[torch.Tensor]) -> tuple[Integers, Integers]:
-    """Return where tensors lie, and their bytes."""
-    addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
-    return addresses, np.array([tensor.nbytes for tensor in tensors], dtype=np.int64)
-
-
-def _rows_of(tensors: list[torch.Tensor]) -> Integers:
-    """Return the rows of tensors that lie in no slot."""
-    addresses, sizes = _stretches(tensors)
-    return pieces(addresses, sizes, np.zeros_like(sizes), [])
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a stretch of memory; see `check_dense`."""
-    try:
-        check_dense(tensor)
-    except ValueError:
-        return False
-    return True
 
 
 def places(addresses: Integers, sizes: Integers) -> tuple[Integers, int]:
@@ -239,6 +207,15 @@ def pieces(addresses: Integers, sizes: Integers, offsets: Integers, bases: list[
     for slot, base in enumerate(bases):
         rows[:, 2 + slot] = base + offsets[tensor] + start
     return rows
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether `check_dense` has nothing against a tensor."""
+    try:
+        check_dense(tensor)
+    except ValueError:
+        return False
+    return True
 
 
 def check_dense(tensor: torch.Tensor) -> None:

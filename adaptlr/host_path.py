@@ -12,6 +12,8 @@ from adaptlr import _extension
 from adaptlr.config import ResolvedConfig
 from adaptlr.pending import Pending
 
+ZERO_ORDER: int = _extension.ZERO_MOMENT << 4
+
 
 class HostPath(_extension.HostLoop, Pending):
     """Decides at once, sets lr before the step, and skips by taking the gradients away.
@@ -30,6 +32,7 @@ class HostPath(_extension.HostLoop, Pending):
     name = "float"
     lag = 0
     carry_out: Callable[[int], None]  # set by `Snapshots`
+    zero_moments: Callable[[], None]  # set by `FirstMoments`
     replayed = False
 
     def __init__(
@@ -95,6 +98,12 @@ class HostPath(_extension.HostLoop, Pending):
         return notices | (_extension.SKIP_STEP if skip else 0)
 
     def skip(self) -> None:
+        """Take the gradients away, and zero first moments if that is ordered."""
+        if self.order == ZERO_ORDER:
+            self.zero_moments()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
         """Take the gradients away."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
@@ -103,7 +112,7 @@ class HostPath(_extension.HostLoop, Pending):
     def stand_aside(self) -> None:
         """Nothing to do: a step that is not ours sees nothing of ours."""
 
-    skip_suspended = skip
+    skip_suspended = drop_gradients
 
     def resume(self) -> None:
         """Nothing to do after steps that were suspended."""

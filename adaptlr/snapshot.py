@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,12 +36,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from adaptlr.attachment import Path
-    from adaptlr.rollback_news import KernelPath
 
 logger = logging.getLogger("adaptlr")
 
 START: int = _extension.START_SLOT
-ZERO_MOMENT: int = _extension.ZERO_MOMENT
 _CHECKED_STEPS = 3  # in which an optimizer shows whether it replaces its state tensors
 
 OnRollback = Callable[[int | None], Any]
@@ -57,7 +55,6 @@ class Snapshots:
     Attributes:
         slots: How many slots there are; 0 before the first step.
         where: ``"device"``, ``"host"``, or None while there are none.
-        acts: Whether a decision can order anything: the guard acts.
     """
 
     def __init__(
@@ -88,9 +85,9 @@ class Snapshots:
         self.slots = 0
         self.where: str | None = None
         self._placement: Placement
-        self.acts = bool(config.row["guard_mode"] == GuardMode.ACT)
-        self.wanted = choice != "off" and self.acts
-        path.prepares = self.acts
+        self.wanted = choice != "off" and config.row["guard_mode"] == GuardMode.ACT
+        self._due = False  # to be made before the coming step
+        self._ask()
         path.catch_up = self._after_step
         if isinstance(path, HostPath):
             path.carry_out = self.carry_out
@@ -104,6 +101,11 @@ class Snapshots:
         """Show how many slots there are, where, and what they take."""
         return f"Snapshots(slots={self.slots}, where={self.where!r}, bytes={self.bytes})"
 
+    def _ask(self) -> None:
+        """Ask to be called before the coming step, if snapshots can be ordered."""
+        if self.wanted:
+            self._due = self._path.prepares = True
+
     # -- before a step --------------------------------------------------------
 
     def prepare(self, step: int) -> None:
@@ -113,12 +115,13 @@ class Snapshots:
             step: Steps taken so far, if this is the first one.
         """
         path = self._path
-        if path.prepares:
-            path.prepares = False
+        path.prepares = False
+        if self._due:
+            self._due = False
             if not path.is_capturing():
                 self.begin(step)
                 self._loaded = None
-            elif self.wanted and self.slots == 0:
+            elif self.slots == 0:
                 self._give_up(
                     "the first step is captured in a CUDA graph, where they cannot be made: run "
                     "the warm-up iterations within controller.suspended()"
@@ -129,8 +132,6 @@ class Snapshots:
     def begin(self, step: int) -> None:
         """Make all slots, and fill them with what is there, or what a checkpoint has brought."""
         self._forget()
-        if not self.wanted:
-            return self._watch_moments()
         placement = self._placement = self._place()
         if placement.slots == 0:
             return self._give_up(
@@ -154,9 +155,9 @@ class Snapshots:
 
         An eager first step fills the slots anew: weights may be loaded before it.
         """
-        if self.acts and self._path.prepares and not isinstance(self._path, HostPath):
+        if self._due and not isinstance(self._path, HostPath):
             self.begin(step)
-            self._path.prepares = True
+            self._ask()
 
     def reload(self, step: int) -> None:
         """Forget what the slots hold: the run goes on from a checkpoint.
@@ -164,13 +165,13 @@ class Snapshots:
         A captured graph needs valid slots at once. Weights may be loaded after the optimizer, so an
         eager step fills the slots anew.
         """
-        self._path.prepares = self.acts
+        self._ask()
         if self.slots:
             self.resumed(step)
 
     def notice(self) -> None:
         """Take parameters and state in that have appeared, with their present values."""
-        if self._path.entries < 0 or (self._path.is_capturing() and not self.slots):
+        if self._host is None:
             return
         if self._path.is_capturing():
             raise RuntimeError(
@@ -179,10 +180,9 @@ class Snapshots:
                 'controller.suspended(), or pass snapshot="off"'
             )
         self._path.entries = len(self._optimizer.state)
-        if self._host is not None:
-            self._host.cover_new()
+        self._host.cover_new()
         try:
-            self._cover(self.slots)
+            self._cover()
         except ValueError as error:
             self._give_up(str(error))
 
@@ -201,25 +201,15 @@ class Snapshots:
         else:
             self._check_devices(path.device)
             self._host = HostSlots(self._contents, skipped=path.device)
-            self._lay_out(path, placement.slots, placement.where)
+            if self._device is None:
+                self._device = DeviceSlots(path.core, path.device)
+            self._device.lay_out(placement.slots, placement.where)
+            self._cover()
+            path.table = self._device.table
+            path.copied = path.launched  # what an earlier step ordered is not for these slots
             self._news = RollbackNews(path, self._host, self._report)
             self._checks, path.watches = _CHECKED_STEPS, True
         self._host.fill(START)
-
-    def _watch_moments(self) -> None:
-        """Tell the kernel where first moments are, which a cut without snapshots zeroes."""
-        path = self._path
-        if self.acts and not isinstance(path, HostPath):
-            self._lay_out(path, 0, "device")
-            path.entries = len(self._optimizer.state)
-
-    def _lay_out(self, path: KernelPath, slots: int, where: Literal["device", "host"]) -> None:
-        if self._device is None:
-            self._device = DeviceSlots(path.core, path.device)
-        self._device.lay_out(slots, where)
-        self._cover(slots)
-        path.table = self._device.table
-        path.copied = path.launched  # what an earlier step ordered is not for this table
 
     def _check_devices(self, device: torch.device) -> None:
         devices = {tensor.device for tensor in self._contents.weights().values()}
@@ -227,21 +217,17 @@ class Snapshots:
             found = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"they need all parameters and buffers on {device}, got {found}")
 
-    def _cover(self, slots: int) -> None:
+    def _cover(self) -> None:
         if self._device is not None:
-            parts = list(self._contents.parts()) if slots else []
-            self._device.cover(parts, list(self._contents.first_moments()))
+            self._device.cover(list(self._contents.parts()))
 
     # -- after a step ---------------------------------------------------------
 
     def carry_out(self, order: int) -> None:
         """Fill and put back what a decision of the host has ordered, after the update."""
-        save, restore = order & SLOT_BITS, order >> 4
-        if restore == ZERO_MOMENT:
-            for moment in self._contents.first_moments():
-                moment.zero_()
         if self._host is None:
             return
+        save, restore = order & SLOT_BITS, order >> 4
         if save:
             self._host.fill(save)
             self._filled[save] = int(self._path.state()["step"])
@@ -346,8 +332,8 @@ class Snapshots:
     # -- the end --------------------------------------------------------------
 
     def release(self) -> None:
-        """Free everything, for good. Waits for the device."""
-        self.acts = self.wanted = self._path.prepares = False
+        """Free the slots, for good. Waits for the device."""
+        self.wanted = self._due = self._path.prepares = False
         self._forget()
 
     def _forget(self) -> None:
@@ -362,11 +348,9 @@ class Snapshots:
 
     def _give_up(self, reason: str) -> None:
         """Go on without snapshots, or raise if the user has asked for them."""
-        self.wanted = self._path.prepares = False
-        self._forget()
+        self.release()
         if not self._path.is_capturing():
             self._allow(0)
-            self._watch_moments()
         message = f"snapshots are off, and with them rollbacks: {reason}"
         if self._choice != "auto" or self._loaded is not None:
             raise ValueError(message)

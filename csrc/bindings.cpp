@@ -349,6 +349,7 @@ void define_kernels(py::module_& module) {
   module.attr("BLOCK_BYTES") = sizeof(DeviceBlock);
   module.attr("STATE_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::state);
   module.attr("SAVED_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::saved);
+  module.attr("MOMENTS_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::moments);
   module.attr("LR_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::lr);
   module.attr("SKIP_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::skip);
   module.attr("OVERWRITTEN") = static_cast<int>(kOverwritten);

@@ -7,8 +7,7 @@
 
 namespace adaptlr {
 
-/// What is to be done after the update about snapshots and first moments, as HostLoop and Python
-/// hand it on; 0: nothing.
+/// What snapshots are to do after the update, as HostLoop and Python hand it on; 0: nothing.
 inline int64_t order_of(const Decision& decision) {
   return decision.save | int64_t{decision.restore} << 4;
 }

@@ -33,6 +33,7 @@ struct alignas(kVectorBytes) Outcome {
   Record* record_slot;
   Record* event_slot; // 0: not an event
   double multiplier;
+  bool zeroes_moments;
 };
 
 /// The pending losses as one. With none there is nothing to learn: NaN, which is skipped.
@@ -72,6 +73,7 @@ __device__ Decision advance(const StepParams& params, const double* inputs, doub
   staged.cursor.notices |= notices_of(record, decision.event);
   staged.pending = PendingLosses{0.0, 0};
   outcome.record = record;
+  outcome.zeroes_moments = decision.restore == kZeroMoment;
   const bool zero = params.zero_lr && decision.action == Action::kSkip;
   outcome.multiplier = zero ? 0.0 : decision.multiplier;
   claim(staged.ring, decision.event, staged.cursor, outcome);
@@ -116,6 +118,30 @@ __device__ void write_lrs(double2 peaks, double multiplier, DeviceBlock& block, 
                    static_cast<float>(peaks.y * multiplier)};
   reinterpret_cast<float2*>(block.lr)[lane] = lrs;
   reinterpret_cast<float2*>(block.written)[lane] = lrs;
+}
+
+/// Zeroes a range together with other threads, of which there are kVectorBytes at least.
+__device__ void zero(const Range& range, int64_t thread, int64_t threads) {
+  const auto misaligned = reinterpret_cast<unsigned long long>(range.address) % kVectorBytes;
+  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
+  if (head > range.bytes)
+    head = range.bytes;
+  const int64_t vectors = (range.bytes - head) / kVectorBytes;
+  const int64_t tail = head + vectors * kVectorBytes;
+  auto* body = reinterpret_cast<uint4*>(range.address + head);
+  for (int64_t i = thread; i < vectors; i += threads)
+    body[i] = make_uint4(0, 0, 0, 0);
+  if (thread < head)
+    range.address[thread] = 0;
+  if (tail + thread < range.bytes && thread < kVectorBytes)
+    range.address[tail + thread] = 0;
+}
+
+/// One warp takes a while for all first moments. But a cut is rare, and a kernel of their own would
+/// be a launch in every step.
+__device__ ADAPTLR_RARE void zero_moments(const DeviceBlock& block, unsigned lane) {
+  for (int64_t i = 0; i < block.moment_count; ++i)
+    zero(block.moments[i], lane, kLanes);
 }
 
 /// Tells the host how far the rings go. In no order with the lines: those prove themselves.
@@ -164,9 +190,11 @@ extern "C" __global__ void __launch_bounds__(kLanes)
         advance(params, inputs, loss, differences, overwritten, staged, outcome);
     block.skip = decision.action == Action::kSkip ? 1.0f : 0.0f;
     block.save = decision.save;
-    block.restore = decision.restore;
+    block.restore = outcome.zeroes_moments ? int32_t{kNoSlot} : decision.restore;
   }
   __syncwarp();
+  if (outcome.zeroes_moments)
+    zero_moments(block, lane);
 
   if (!host_sets_lr)
     write_lrs(peaks, outcome.multiplier, block, lane);
@@ -209,28 +237,6 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const Configur
   block.skip = 0.0f;
   block.save = block.restore = kNoSlot;
 }
-
-namespace {
-
-/// Zeroes a range of memory together with other threads, of which there are at least kVectorBytes.
-/// The address needs no alignment.
-__device__ void zero(const Range& range, int64_t thread, int64_t threads) {
-  const auto misaligned = reinterpret_cast<unsigned long long>(range.address) % kVectorBytes;
-  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
-  if (head > range.bytes)
-    head = range.bytes;
-  const int64_t vectors = (range.bytes - head) / kVectorBytes;
-  const int64_t tail = head + vectors * kVectorBytes;
-  auto* body = reinterpret_cast<uint4*>(range.address + head);
-  for (int64_t i = thread; i < vectors; i += threads)
-    body[i] = make_uint4(0, 0, 0, 0);
-  if (thread < head)
-    range.address[thread] = 0;
-  if (tail + thread < range.bytes && thread < kVectorBytes)
-    range.address[tail + thread] = 0;
-}
-
-} // namespace
 
 /// Zeroes ranges of memory if the coming update is to be skipped: for optimizers that do not read
 /// the flag.
@@ -301,8 +307,8 @@ __device__ void exchange(const Piece& piece, int64_t save, int64_t restore) {
 
 } // namespace
 
-/// Fills and puts back the slots that the last control step has ordered, usually none, or zeroes
-/// the first moments. Launched after the update, with a grid that does not depend on the table.
+/// Fills and puts back the slots that the last control step has ordered, usually none. Launched
+/// after the update, with a grid that does not depend on the table.
 extern "C" __global__ void __launch_bounds__(256)
     adaptlr_snapshot(const __grid_constant__ SnapshotParams params) {
   const bool filling = params.fill != kNoSlot;
@@ -311,11 +317,6 @@ extern "C" __global__ void __launch_bounds__(256)
   if (save == kNoSlot && restore == kNoSlot)
     return;
   const SnapshotTable table = *params.table;
-  if (restore == kZeroMoment) {
-    for (int64_t i = blockIdx.x; i < table.moment_count; i += gridDim.x)
-      zero(Range{table.moments[i].address, table.moments[i].bytes}, threadIdx.x, blockDim.x);
-    return;
-  }
   for (int64_t i = blockIdx.x; i < table.count; i += gridDim.x)
     exchange(table.pieces[i], save, restore);
 }
