@@ -7,9 +7,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy.typing as npt
 import torch
 
 from adaptlr import _extension
@@ -21,8 +20,9 @@ from adaptlr.events import Event, make_events
 from adaptlr.first_moments import FirstMoments
 from adaptlr.hooks import replace_closure
 from adaptlr.host_path import HostPath
-from adaptlr.saved_slots import SNAPSHOTS_KEY, SavedSlots, pack_slots
-from adaptlr.telemetry import Flag, Phase, restored_slot
+from adaptlr.resume import Loading, resume_story
+from adaptlr.saved_slots import SNAPSHOTS_KEY, pack_slots
+from adaptlr.telemetry import Flag, restored_slot
 
 if TYPE_CHECKING:
     from adaptlr.capturable_path import CapturablePath
@@ -40,13 +40,6 @@ EVENT: int = _extension.EVENT_NOTICE
 _FORGOTTEN_STEPS = 3
 _TOLD_EVENTS = 8
 _TOLD_ONCE = int(Flag.ENDED | Flag.OVERWRITTEN | Flag.FAR_LR)
-
-
-class Loading(NamedTuple):
-    """What a checkpoint holds of the controller: its state, and snapshots where asked for."""
-
-    checkpoint: Checkpoint
-    slots: SavedSlots | None
 
 
 class Attachment:
@@ -386,30 +379,14 @@ class Attachment:
         """Go on from a checkpoint that was `checked`."""
         self._apply(loading.checkpoint, self.config)
         self.path.drop()
-        saved = state = loading.checkpoint.state
+        state = loading.checkpoint.state
         lack = self.snapshots.accept(loading.slots)
         if lack:
-            state = _extension.resumed(self.config.row, saved)
+            state = _extension.resumed(self.config.row, state)
         self.path.configure(state)
         self.start_step = int(state["step"])
         if self.start_step == 0:
             return  # the state of a fresh run: Accelerate reloads it when it prepares an optimizer
         lr, factor = float(state["lr"]), float(state["factor"])
-        reason = f"resumed at step {self.start_step}"
-        if loading.slots is not None:
-            reason += " without the checkpoint's snapshots" if lack else " with its snapshots"
-        reason += _ended_phase(saved, state, lack)
+        reason = resume_story(loading, state, lack)
         self.say("resume", reason, step=self.start_step, lr=lr, factor=factor)
-
-
-def _ended_phase(saved: npt.NDArray[Any], state: npt.NDArray[Any], lack: str) -> str:
-    """Say if an experiment could not go on for lack of its snapshots."""
-    if saved["phase"] == state["phase"]:
-        return ""
-    under_way = (
-        f"; the {Phase(int(saved['phase'])).name.lower()} that was under way needs snapshots"
-    )
-    if saved["phase"] == Phase.SEARCH:
-        peak = float(state["cut_factor"] * state["peak"])
-        return f"{under_way}, {lack}: it ends with a peak of {peak:.3g}, from the weights at hand"
-    return f"{under_way}, {lack}: it ends with {float(state['cut_factor']):.3g} of the schedule"

@@ -7,7 +7,7 @@ for each slot that the run could go back to the ``step`` it is of and `Contents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ import torch
 
 from adaptlr import _extension
 from adaptlr.checkpoint import check_state
-from adaptlr.contents import Contents, copied, matched, opened
+from adaptlr.contents import Contents, copied, matched, merged, opened
+from adaptlr.device_slots import DeviceSlots
+from adaptlr.host_slots import HostSlots
 
 SNAPSHOTS_KEY = "adaptlr_snapshots"
 VERSION = 1
@@ -45,6 +47,35 @@ def slots_of(state: npt.NDArray[Any]) -> set[int]:
     """Return the slots that a run in this State could go back to."""
     named = {int(state[name]) for name in ("aside_slot", "good_slot", "pending_slot")}
     return {START} | named - {0}
+
+
+def read_slot(
+    slot: int, contents: Contents, host: HostSlots, device: DeviceSlots | None
+) -> dict[str, Any]:
+    """Return what a slot holds, put together from what the host and a kernel have copied.
+
+    Nothing may be under way on the device.
+    """
+    values = host.read(slot)
+    if device is None:
+        return values
+    live = contents.live()
+    whole = merged(values, copied(live, None, lambda tensor, _: device.read(tensor, slot)))
+    return cast(dict[str, Any], whole)
+
+
+def write_slot(
+    slot: int,
+    values: dict[str, Any],
+    contents: Contents,
+    host: HostSlots,
+    device: DeviceSlots | None,
+) -> None:
+    """Fill a slot with what `read_slot` has returned. Nothing may be under way on the device."""
+    host.write(slot, values)
+    if device is not None:
+        for tensor, live in matched(values, contents.live()):
+            device.write(live, slot, tensor)
 
 
 def pack_slots(saved: SavedSlots) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from adaptlr import _extension
 from adaptlr.config import GuardMode, ResolvedConfig
-from adaptlr.contents import Contents, copied, matched, merged
+from adaptlr.contents import Contents
 from adaptlr.device_slots import DeviceSlots
 from adaptlr.host_path import HostPath
 from adaptlr.host_slots import HostSlots
@@ -29,7 +29,7 @@ from adaptlr.placement import (
     slot_bytes,
 )
 from adaptlr.rollback_news import RollbackNews
-from adaptlr.saved_slots import SavedSlots, slots_of, unpack_slots
+from adaptlr.saved_slots import SavedSlots, read_slot, slots_of, unpack_slots, write_slot
 from adaptlr.telemetry import SLOT_BITS
 
 if TYPE_CHECKING:
@@ -283,12 +283,9 @@ class Snapshots:
 
     def _read(self, slot: int) -> dict[str, Any]:
         assert self._host is not None
-        values, device = self._host.read(slot), self._device
-        if device is not None:
-            live = self._contents.live()
-            values = merged(values, copied(live, None, lambda tensor, _: device.read(tensor, slot)))
         told = None if self._news is None else self._news.filled_at(slot)
-        return {"step": self._filled.get(slot) if told is None else told, **values}
+        step = self._filled.get(slot) if told is None else told
+        return {"step": step, **read_slot(slot, self._contents, self._host, self._device)}
 
     def checked(
         self, packed: object, state: npt.NDArray[Any], coming: dict[Any, Any] | None
@@ -322,10 +319,7 @@ class Snapshots:
             torch.cuda.synchronize(self._path.device)  # type: ignore[union-attr]
         for slot, values in saved.slots.items():
             self._filled[slot] = values["step"]
-            self._host.write(slot, values)
-            if self._device is not None:
-                for tensor, live in matched(values, self._contents.live()):
-                    self._device.write(live, slot, tensor)
+            write_slot(slot, values, self._contents, self._host, self._device)
         self._host.cover_new()
         self._path.set_saved_states(saved.states)
 
