@@ -77,9 +77,8 @@ class Snapshots:
         self._device: DeviceSlots | None = None
         self._news: RollbackNews | None = None
         self._loaded: SavedSlots | None = None  # until the slots are made
-        self._filled: dict[
-            int, int | None
-        ] = {}  # slot -> steps taken by then, as far as the host knows
+        # Slot -> steps taken by then, as far as the host knows.
+        self._filled: dict[int, int | None] = {}
         self._told = ""
         self._checks = 0
         self.slots = 0

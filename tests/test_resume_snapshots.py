@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from closed_loop import PEAK, STEPS, Model, Weights, jump
-from conftest import loss_of, parameters_of, same, train
+from conftest import loss_of, train
 from test_snapshot import FIRST, OPTIMIZERS, SECOND, START, Prodigious, equal, force, frozen, step
 
 from adaptlr import AdaptiveLR, Guard, Phase, TrainingDiverged, _extension
@@ -370,8 +370,8 @@ def test_a_checkpoint_with_snapshots_loads_without_adaptlr(make_model, batches):
     train(controller, model, batches[:5])
     plain = torch.optim.AdamW(make_model().parameters(), lr=0.5)
     plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert equal(plain.state_dict()["state"], optimizer.state_dict()["state"])
     plain.step()
-    assert same(parameters_of(model), parameters_of(model))
     assert plain.param_groups[0]["lr"] == controller.lr
 
 
