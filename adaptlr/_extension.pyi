@@ -22,7 +22,11 @@ MAX_GROUPS: Final[int]
 DIFFERENCES: Final[int]
 # Slots for snapshots, numbered from 1; where their numbers lie in a record's action, in bits.
 SLOTS: Final[int]
+# States that lie beside the snapshots: of all slots but the first.
+SAVED_STATES: Final[int]
 START_SLOT: Final[int]
+# What an order has in place of a slot to put back where the first moments are to be zeroed.
+ZERO_MOMENT: Final[int]
 SAVE_SHIFT: Final[int]
 RESTORE_SHIFT: Final[int]
 # Bits of the notices, beside those of Flag: the guard has ended the run, there is an event, another
@@ -38,6 +42,8 @@ NEW_GROUPS: Final[int]
 # The block of device memory of a DeviceController: its size, and where its parts lie, in bytes.
 BLOCK_BYTES: Final[int]
 STATE_OFFSET: Final[int]
+SAVED_OFFSET: Final[int]
+MOMENTS_OFFSET: Final[int]
 LR_OFFSET: Final[int]
 SKIP_OFFSET: Final[int]
 SAVE_OFFSET: Final[int]
@@ -82,6 +88,7 @@ class HostController:
 
     config: _Row
     state: _Row
+    saved: _Row  # beside the snapshots; shape (SAVED_STATES,)
     def __init__(self, config: _Row, history_size: int) -> None: ...
     def step(
         self,
@@ -261,5 +268,9 @@ class SlotMemory:
     def __init__(self, device: int, bytes: int) -> None: ...
     @property
     def address(self) -> int: ...
+    @property
+    def bytes(self) -> npt.NDArray[np.uint8]:
+        """The memory itself, not a copy, as the host sees it. Not to be used once it is freed."""
+
     def free(self) -> None:
         """Free it, after all work on the device."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy.typing as npt
 import torch
 
 from adaptlr import _extension
@@ -18,9 +17,12 @@ from adaptlr.compiled import hook_of
 from adaptlr.config import ResolvedConfig
 from adaptlr.errors import TrainingDiverged
 from adaptlr.events import Event, make_events
+from adaptlr.first_moments import FirstMoments
 from adaptlr.hooks import replace_closure
 from adaptlr.host_path import HostPath
-from adaptlr.telemetry import Flag, Phase, restored_slot
+from adaptlr.resume import Loading, resume_story
+from adaptlr.saved_slots import SNAPSHOTS_KEY, pack_slots
+from adaptlr.telemetry import Flag, restored_slot
 
 if TYPE_CHECKING:
     from adaptlr.capturable_path import CapturablePath
@@ -50,6 +52,7 @@ class Attachment:
         snapshots: What a rollback goes back to.
         failure_told: Whether `TrainingDiverged` was raised already.
         own_events: What the host did by itself, oldest first; grows in place.
+        saves_snapshots: Whether the optimizer's state dict carries snapshots as well.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Attachment:
         snapshots: Snapshots,
         gradient: FirstGradient,
         on_event: Callable[[Event], Any] | None = None,
+        saves_snapshots: bool = False,
     ) -> None:
         """Take ``path`` into service."""
         self.optimizer = optimizer
@@ -67,16 +71,18 @@ class Attachment:
         self.path = path
         self.snapshots = snapshots
         self._gradient = gradient
+        self._moments = FirstMoments(optimizer, config, path)
         self.failure_told = False
         self.start_step = 0
         self._made = (config.total_steps or 0, tuple(config.peaks))
         self.own_events: list[Event] = []
+        self.saves_snapshots = saves_snapshots
         self._on_event = on_event
         self._told = 0  # events, to on_event
         path.unheeded = _TOLD_ONCE | FAILED | _extension.NEW_GROUPS | (EVENT if on_event else 0)
         self.pre_hook = self._connect(path)
         self.post_hook = self._connect_after(path) if snapshots.wanted else None
-        self._loading: Checkpoint | None = None
+        self._loading: Loading | None = None
 
     def _connect(self, path: Path) -> Callable[..., Any]:
         """Return what the optimizer calls before its step: a quick way to `before_step`."""
@@ -120,6 +126,7 @@ class Attachment:
             return self._note_unobserved()
         self._gradient.take(self.start_step)
         self.snapshots.prepare(self.start_step)
+        self._moments.prepare()
         code = path.step()
         if code == _extension.NEW_GROUPS:
             self._adopt_groups()
@@ -164,6 +171,7 @@ class Attachment:
         finally:
             path.suspended = False
             path.resume()
+            self._moments.tell()
             self.snapshots.resumed(self.start_step)
 
     def _note_unobserved(self) -> None:
@@ -187,6 +195,7 @@ class Attachment:
         self.path.adopt()
         self.path.configure()
         self.snapshots.notice()
+        self._moments.look()
 
     # -- notices --------------------------------------------------------------
 
@@ -265,8 +274,8 @@ class Attachment:
         )
 
     def _what_is_left(self) -> str:
-        row = self.path.core.events(0)[-1]
-        if restored_slot(row):
+        rows = self.path.core.events(0)  # none, if a run that had failed was resumed
+        if len(rows) and restored_slot(rows[-1]):
             return "The parameters are those of the last good snapshot."
         return "The parameters are those of the last step taken."
 
@@ -302,39 +311,66 @@ class Attachment:
             )
         )
 
+    def entries(self, snapshots: bool) -> dict[str, Any]:
+        """Return what a state dict holds of the controller. Waits for the device."""
+        entries: dict[str, Any] = {KEY: self.checkpoint()}
+        saved = self.snapshots.saved() if snapshots else None
+        if saved is not None:
+            entries[SNAPSHOTS_KEY] = pack_slots(saved)
+        return entries
+
     def save(self, state_dict: dict[str, Any]) -> None:
         """Add the state to the optimizer's, whose lr and flags are shown as the user knows them."""
         for index, group in enumerate(state_dict["param_groups"]):
             group.update(self.path.saved_group(index))
-        state_dict["param_groups"][0][KEY] = self.checkpoint()
+        state_dict["param_groups"][0].update(self.entries(self.saves_snapshots))
 
-    def check(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that cannot be taken, before the optimizer has changed anything."""
-        groups = state_dict.get("param_groups") or [{}]
-        saved = groups[0].get(KEY)
-        self._loading = None if saved is None else self.checked(saved)
+    def check(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a state that cannot be taken, before the optimizer has changed anything.
 
-    def checked(self, saved: object) -> Checkpoint:
-        """Read a saved state and try it on a copy of the config; raise if it cannot be taken."""
-        checkpoint = unpack(saved, len(self.optimizer.param_groups))
+        Returns:
+            The state dict without snapshots, of which torch would make a copy.
+        """
+        first, *others = state_dict.get("param_groups") or [{}]
+        is_ours = first.get(KEY) is not None
+        self._loading = self.checked(first, state_dict.get("state")) if is_ours else None
+        if SNAPSHOTS_KEY not in first:
+            return state_dict
+        first = {key: value for key, value in first.items() if key != SNAPSHOTS_KEY}
+        return {**state_dict, "param_groups": [first, *others]}
+
+    def checked(self, entries: dict[str, Any], coming: dict[Any, Any] | None = None) -> Loading:
+        """Read saved entries and try them on a copy of the config; raise if they cannot be taken.
+
+        Args:
+            entries: As `entries` has made them.
+            coming: The optimizer's state, if that is about to be loaded as well.
+        """
+        checkpoint = unpack(entries[KEY], len(self.optimizer.param_groups))
         self._apply(checkpoint, copy.copy(self.config))
-        return checkpoint
+        packed = entries.get(SNAPSHOTS_KEY)
+        if packed is None:
+            return Loading(checkpoint, None)
+        return Loading(checkpoint, self.snapshots.checked(packed, checkpoint.state, coming))
 
     def load(self) -> None:
         """Take the state out of the optimizer's, which has just replaced its groups."""
         for group in self.optimizer.param_groups:
-            group.pop(KEY, None)
-        checkpoint, self._loading = self._loading, None
-        if checkpoint is None:
+            for key in (KEY, SNAPSHOTS_KEY):
+                group.pop(key, None)
+        loading, self._loading = self._loading, None
+        if loading is None:
+            self.snapshots.accept(None)
             warnings.warn(
                 "the loaded optimizer state holds no adaptlr state; the controller goes on from "
                 f"its own step {int(self.path.state()['step'])}",
                 stacklevel=4,
             )
         else:
-            self.restore(checkpoint)
+            self.restore(loading)
         self.path.bind()
         self.snapshots.reload(self.start_step)
+        self._moments.look()
 
     def _apply(self, checkpoint: Checkpoint, config: ResolvedConfig) -> None:
         """Let `extend` and `set_peak` survive; a constructor that was told differently wins."""
@@ -345,32 +381,18 @@ class Attachment:
         if checkpoint.made_peaks == made_peaks or config.search_steps >= 0:
             config.set_peaks(checkpoint.peaks)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, loading: Loading) -> None:
         """Go on from a checkpoint that was `checked`."""
-        self._apply(checkpoint, self.config)
+        self._apply(loading.checkpoint, self.config)
         self.path.drop()
-        state = _extension.resumed(self.config.row, checkpoint.state)
+        state = loading.checkpoint.state
+        lack = self.snapshots.accept(loading.slots)
+        if lack:
+            state = _extension.resumed(self.config.row, state)
         self.path.configure(state)
         self.start_step = int(state["step"])
         if self.start_step == 0:
             return  # the state of a fresh run: Accelerate reloads it when it prepares an optimizer
         lr, factor = float(state["lr"]), float(state["factor"])
-        reason = f"resumed at step {self.start_step}{_ended_phase(checkpoint.state, state)}"
+        reason = resume_story(loading, state, lack)
         self.say("resume", reason, step=self.start_step, lr=lr, factor=factor)
-
-
-def _ended_phase(saved: npt.NDArray[Any], state: npt.NDArray[Any]) -> str:
-    """Say if an experiment could not go on for lack of its snapshots."""
-    if saved["phase"] == state["phase"]:
-        return ""
-    if saved["phase"] == Phase.SEARCH:
-        peak = float(state["cut_factor"] * state["peak"])
-        return (
-            "; the search that was under way needs snapshots, which a checkpoint does not hold: it "
-            f"ends with a peak of {peak:.3g}, from the weights at hand"
-        )
-    return (
-        f"; the {Phase(int(saved['phase'])).name.lower()} that was under way needs snapshots, "
-        "which a checkpoint does not hold: it ends with "
-        f"{float(state['cut_factor']):.3g} of the schedule"
-    )

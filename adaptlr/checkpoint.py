@@ -29,9 +29,9 @@ _COUNTS = dict.fromkeys(("step", "samples", "norm_samples"), np.inf) | {
     "phase": max(Phase).value,
     "fine.next_difference": _extension.DIFFERENCES - 1,
     "coarse.next_difference": _extension.DIFFERENCES - 1,
-    "aside_slot": max(Slot).value,
-    "good_slot": max(Slot).value,
-    "pending_slot": max(Slot).value,
+    "aside_slot": Slot.SECOND.value,
+    "good_slot": Slot.SECOND.value,
+    "pending_slot": Slot.SECOND.value,
 }
 
 
@@ -97,7 +97,7 @@ def unpack(tensor: object, group_count: int) -> Checkpoint:
     if not np.isfinite(peaks).all():
         raise ValueError(f"the checkpoint's peaks must be finite, got {peaks}")
     state = np.array(values[-_STATE_NUMBERS:]).view(_extension.state_dtype).reshape(())
-    _check_state(state)
+    check_state(state)
     return Checkpoint(
         made_steps,
         total_steps,
@@ -113,7 +113,8 @@ def _counts(values: list[float]) -> list[int]:
     return [int(value) for value in values]
 
 
-def _check_state(state: npt.NDArray[Any]) -> None:
+def check_state(state: npt.NDArray[Any]) -> None:
+    """Raise ValueError if a State holds what no run could have brought about."""
     bad = [name for name in STATE_FIELDS if not np.isfinite(state[name]).all()]
     if bad:
         raise ValueError(f"the checkpoint's {bad[0]} must be finite, got {state[bad[0]]}")

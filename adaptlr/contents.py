@@ -66,6 +66,27 @@ class Contents:
             for group in self.optimizer.param_groups
         ]
 
+    def parameters(self) -> list[Tensor]:
+        """Return all parameters, in the order in which torch's own state dicts number them."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def numbered(
+        self, weights: dict[Any, Any], state: dict[Any, Any], groups: list[Any]
+    ) -> dict[str, Any]:
+        """Return what a slot holds with numbers in place of parameters, as checkpoints have it."""
+        numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
+        return {
+            "weights": {numbers.get(key, key): value for key, value in weights.items()},
+            "state": {numbers.get(key, key): value for key, value in state.items()},
+            "groups": groups,
+        }
+
+    def live(self) -> dict[str, Any]:
+        """Return the live tensors and numbers as `numbered` has them; see `opened`."""
+        values = (self.weights(), dict(self.optimizer.state), self.group_values())
+        live: dict[str, Any] = copied(self.numbered(*values), None, lambda value, _: opened(value))
+        return live
+
     def state_parts(self) -> Iterator[Tensor]:
         """Yield what the tensors in the optimizer's state and groups are made of."""
         for state in self.optimizer.state.values():
@@ -87,16 +108,22 @@ def local(tensor: Tensor) -> Tensor:
     return part.detach()
 
 
+def opened(tensor: Tensor) -> Any:
+    """Return the plain tensor in a tensor; a dict of its parts, if it is made of several."""
+    tensor = local(tensor)
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor
+    names, _ = tensor.__tensor_flatten__()
+    return {name: opened(getattr(tensor, name)) for name in names}
+
+
 def _parts_in(value: Any) -> Iterator[Tensor]:
     """Yield the plain tensors in a value, however deep; a quantised tensor is made of several."""
     if isinstance(value, Tensor):
-        value = local(value)
-        if not hasattr(value, "__tensor_flatten__"):
-            yield value
-            return
-        names, _ = value.__tensor_flatten__()
-        value = [getattr(value, name) for name in names]
-    if isinstance(value, (dict, list, tuple)):
+        value = opened(value)
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _parts_in(item)
 
@@ -106,8 +133,9 @@ def copied(value: Any, old: Any, copy: Callable[[Tensor, Any], Any]) -> Any:
 
     Args:
         value: A tensor, number, None, or dict, list or tuple of these.
-        old: The copy that an earlier call returned, whose memory may be used again.
-        copy: Copies a tensor, given its old copy.
+        old: The copy that an earlier call returned, whose memory may be used again, or another
+            value of the same form.
+        copy: Copies a tensor, given what stands in its place in ``old``.
     """
     if isinstance(value, Tensor):
         return copy(value, old)
@@ -118,9 +146,35 @@ def copied(value: Any, old: Any, copy: Callable[[Tensor, Any], Any]) -> Any:
         pairs = ((key, copied(item, olds.get(key), copy)) for key, item in value.items())
         return {key: item for key, item in pairs if item is not MISSING}
     if isinstance(value, (list, tuple)):
-        items = [copied(item, None, copy) for item in value]
+        items = [copied(*pair, copy) for pair in zip(value, _like(old, value), strict=True)]
         return MISSING if any(item is MISSING for item in items) else items
     return MISSING
+
+
+def matched(value: Any, other: Any) -> Iterator[tuple[Tensor, Any]]:
+    """Yield every tensor in a value with what stands in its place in another; None: nothing."""
+    if isinstance(value, Tensor):
+        yield value, other
+    elif isinstance(value, dict):
+        others = other if isinstance(other, dict) else {}
+        for key, item in value.items():
+            yield from matched(item, others.get(key))
+    elif isinstance(value, (list, tuple)):
+        for pair in zip(value, _like(other, value), strict=True):
+            yield from matched(*pair)
+
+
+def merged(value: Any, other: Any) -> Any:
+    """Return a value with all that another one has in addition."""
+    if not isinstance(value, dict) or not isinstance(other, dict):
+        return value
+    return {**other, **{key: merged(item, other.get(key)) for key, item in value.items()}}
+
+
+def _like(other: Any, value: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
+    """Return a list as long as another one: itself, or of nothing."""
+    fits = isinstance(other, (list, tuple)) and len(other) == len(value)
+    return other if fits else [None] * len(value)
 
 
 def put_back(live: dict[Any, Any], saved: dict[Any, Any]) -> None:

@@ -23,6 +23,7 @@ from adaptlr.first_gradient import FirstGradient, has_taken_no_step
 from adaptlr.hooks import Hooks, unwrap
 from adaptlr.placement import SNAPSHOTS
 from adaptlr.recorder import Recorder, open_recorder
+from adaptlr.saved_slots import SNAPSHOTS_KEY
 from adaptlr.snapshot import Snapshots
 from adaptlr.telemetry import Status, initial_status, make_status
 
@@ -70,10 +71,15 @@ class AdaptiveLR:
             a Python float. ``"auto"`` takes the first of these that the optimizer can.
         history_size: Records kept for `history`, at least 1; 128 bytes each.
         snapshot: Where copies of weights and optimizer state are kept for rollbacks, three at
-            most: ``"device"``, ``"host"`` (slower, and no device memory), or ``"off"``. ``"auto"``
+            most: ``"device"``, ``"host"`` (slower, and no device memory), or ``"off"``: the guard
+            then skips, cuts, zeroes the first moment and re-warms, and cannot undo. ``"auto"``
             takes the first of these that they fit into a quarter of; before it gives up, it keeps
             the start of the run alone. Made at the first step, and only for a guard that acts.
         model: For models with buffers (BatchNorm): they are part of the copies.
+        save_snapshots: Whether ``optimizer.state_dict()`` carries the copies as well, for
+            checkpoints that somebody else writes, such as a Trainer. They grow by up to three times
+            the weights and the optimizer's state; a run that is resumed in a search or an
+            experiment then goes on with it. See `state_dict` for a single checkpoint.
         on_event: Called on the host with every `Event` of the guard, to log it or to wake somebody.
             With decisions on a CUDA device when the host hears of it, as for ``on_rollback``.
         on_rollback: Called on the host after a rollback with the number of steps behind the weights
@@ -125,6 +131,7 @@ class AdaptiveLR:
         check_lr: bool = True,
         snapshot: Literal["auto", "device", "host", "off"] = "auto",
         model: torch.nn.Module | None = None,
+        save_snapshots: bool = False,
         on_event: Callable[[Event], Any] | None = None,
         on_rollback: Callable[[int | None], Any] | None = None,
         process_group: None = None,
@@ -145,6 +152,12 @@ class AdaptiveLR:
             history_size,
         )
         require(snapshot in SNAPSHOTS, "snapshot", f"one of {SNAPSHOTS}", snapshot)
+        require(
+            not (save_snapshots and snapshot == "off"),
+            "save_snapshots",
+            "False with snapshot='off'",
+            save_snapshots,
+        )
         _check_callables(model, on_event=on_event, on_rollback=on_rollback)
         plan = resolve_plan(self._optimizer, lr, warmup, decay, total_steps)
         loaded = self._optimizer.param_groups[0].get(KEY)  # a checkpoint that came before us
@@ -173,15 +186,16 @@ class AdaptiveLR:
         asked = is_fresh and (check_lr or config.search_steps >= 0)
         gradient = FirstGradient(self._optimizer, config, self._path, asked)
         self._attachment = Attachment(
-            self._optimizer, config, self._path, snapshots, gradient, on_event
+            self._optimizer, config, self._path, snapshots, gradient, on_event, save_snapshots
         )
         self._begin_recording(config)
         self._hooks = Hooks(self._optimizer, self._attachment)
         self._handle = compiled.register(self)
         _attached.add(self._optimizer)
         if loaded is not None:
-            del self._optimizer.param_groups[0][KEY]
-            self.load_state_dict({KEY: loaded})
+            group = self._optimizer.param_groups[0]
+            keys = [key for key in (KEY, SNAPSHOTS_KEY) if key in group]
+            self.load_state_dict({key: group.pop(key) for key in keys})
 
     def _begin_recording(self, config: ResolvedConfig) -> None:
         if self._recorder is None:
@@ -399,24 +413,36 @@ class AdaptiveLR:
 
     # -- checkpoints ----------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, snapshots: bool = False) -> dict[str, Any]:
         """Return the controller's state alone. Waits for the device.
 
-        The optimizer's own state dict carries the same: save one of the two.
+        The optimizer's own state dict carries the same, and with ``save_snapshots=True`` snapshots
+        too: save one of the two.
+
+        Args:
+            snapshots: Whether copies of the snapshots are in it, on the CPU: up to three times the
+                weights and the optimizer's state. A run that is resumed with them goes on within a
+                search or an experiment, and can go back to what was good before; without them such
+                a phase ends with the best rate so far, and the weights at hand are the start. Where
+                there are none, before the first step for one, none are in it.
         """
-        return {KEY: self._attachment.checkpoint()}
+        return self._attachment.entries(snapshots)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Go on where `state_dict` was taken; load the weights and the optimizer's state before.
+
+        Snapshots are used if it holds them, and are in place with the first step. `events` says so;
+        it also says why, where this run cannot keep them.
 
         Raises:
             KeyError: if ``state_dict`` holds no controller.
-            ValueError: if it is of another version, of other groups, or damaged. Nothing is changed
-                then.
+            TypeError: if an entry is of the wrong kind.
+            ValueError: if it is of another version, of other groups or parameters, or damaged.
+                Nothing is changed then.
         """
         if KEY not in state_dict:
             raise KeyError(f"state_dict must have the entry {KEY!r}, got {sorted(state_dict)}")
-        self._attachment.restore(self._attachment.checked(state_dict[KEY]))
+        self._attachment.restore(self._attachment.checked(state_dict))
         self._attachment.snapshots.reload(self._attachment.start_step)
 
     def detach(self) -> None:

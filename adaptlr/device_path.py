@@ -209,11 +209,37 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
         raw = self._block[offset : offset + size].cpu().numpy()
         return np.array(raw.view(_extension.state_dtype)[0])
 
+    def saved_states(self) -> npt.NDArray[Any]:
+        """Return a copy of the States beside the snapshots. Waits for the device."""
+        return self._saved_bytes().cpu().numpy().view(_extension.state_dtype)
+
+    def set_saved_states(self, states: npt.NDArray[Any]) -> None:
+        """Set the States beside the snapshots."""
+        self._saved_bytes().copy_(torch.from_numpy(states.view(np.uint8)))
+
+    def _saved_bytes(self) -> torch.Tensor:
+        size = _extension.SAVED_STATES * _extension.state_dtype.itemsize
+        return self._block[_extension.SAVED_OFFSET : _extension.SAVED_OFFSET + size]
+
     def tell_estimate(self, estimate: torch.Tensor) -> None:
         """Hand over what the first gradient told, before the first step."""
         _, offset = _extension.state_dtype.fields["estimate"][:2]  # type: ignore[index]
         begin = _extension.STATE_OFFSET + int(offset)
         self._block[begin : begin + 8].view(torch.float64)[0].copy_(estimate)
+
+    def tell_moments(self, moments: list[torch.Tensor]) -> None:
+        """Set what a cut without snapshots zeroes: dense tensors on the device."""
+        rows = [(moment.data_ptr(), moment.nbytes) for moment in moments]
+        table = self._integers(rows)
+        begin = _extension.MOMENTS_OFFSET
+        head = self._integers([table.data_ptr(), len(rows)])
+        self._block[begin : begin + 16].view(torch.int64).copy_(head)
+        self._moments = (table, moments)  # alive as long as the device may zero them
+
+    def _integers(self, values: list[Any]) -> torch.Tensor:
+        """Copy integers to the device without waiting for it, which needs pinned memory."""
+        integers = torch.tensor(values, dtype=torch.int64)
+        return integers.pin_memory().to(self._device, non_blocking=True)
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the device; set the rates that follow."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from adaptlr import _extension
+from adaptlr.contents import MISSING
 
 _WORD = 8
 _FIELDS = 5  # of a Piece in csrc/device_block.h: address, bytes, and its copy in every slot
@@ -23,8 +24,9 @@ Integers = npt.NDArray[np.int64]
 class _Memory(Protocol):
     """What lends a slot its bytes."""
 
-    @property
-    def address(self) -> int: ...
+    address: int
+    bytes: torch.Tensor  # the memory itself, uint8
+
     def free(self) -> None: ...
 
 
@@ -32,11 +34,24 @@ class _DeviceMemory:
     """A part of torch's own device memory."""
 
     def __init__(self, device: torch.device, size: int) -> None:
-        self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
-        self.address = self._bytes.data_ptr()
+        self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.address = self.bytes.data_ptr()
 
     def free(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+class _HostMemory:
+    """Pinned memory of the host, which the kernel reaches over the bus."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._memory = _extension.SlotMemory(device.index, size)
+        self.bytes = torch.from_numpy(self._memory.bytes)
+        self.address = self._memory.address
+
+    def free(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self._memory.free()
 
 
 class DeviceSlots:
@@ -85,6 +100,7 @@ class DeviceSlots:
         self._rows: Integers = np.zeros((0, _FIELDS), dtype=np.int64)
         self._tables: list[torch.Tensor] = []  # of a graph being replayed, maybe
         self._covered: dict[int, torch.Tensor] = {}
+        self._places: dict[int, tuple[list[_Memory], int]] = {}  # memory of every slot, and offset
         self.bytes = 0
 
     def cover(self, tensors: list[torch.Tensor]) -> None:
@@ -120,13 +136,39 @@ class DeviceSlots:
         memories = [self._allocate(total) for _ in range(self._slots)]
         self._memories += memories
         self.bytes += total * self._slots
+        for address, offset in zip(addresses.tolist(), offsets.tolist(), strict=True):
+            self._places[address] = (memories, offset)
         bases = [memory.address for memory in memories]
         self._rows = np.concatenate([self._rows, pieces(addresses, sizes, offsets, bases)])
 
-    def _allocate(self, size: int) -> Any:
-        if self._where == "host":
-            return _extension.SlotMemory(self._device.index, size)
-        return _DeviceMemory(self._device, size)
+    def _allocate(self, size: int) -> _Memory:
+        return (_HostMemory if self._where == "host" else _DeviceMemory)(self._device, size)
+
+    def read(self, tensor: torch.Tensor, slot: int) -> Any:
+        """Copy what a slot holds of a tensor to the CPU; MISSING if it is not covered.
+
+        Nothing may be under way on the device.
+        """
+        place = self._place(tensor, slot)
+        return MISSING if place is None else place.to("cpu", copy=True)
+
+    def write(self, tensor: torch.Tensor, slot: int, value: torch.Tensor) -> None:
+        """Set what a slot holds of a tensor, if it is covered.
+
+        Nothing may be under way on the device.
+        """
+        place = self._place(tensor, slot)
+        if place is not None:
+            place.copy_(value)
+
+    def _place(self, tensor: torch.Tensor, slot: int) -> torch.Tensor | None:
+        """Return the memory of a slot as a tensor of the same form as its original."""
+        found = self._places.get(tensor.data_ptr()) if tensor.device == self._device else None
+        if found is None or not tensor.nbytes:
+            return None
+        memories, offset = found
+        stretch = memories[slot - 1].bytes[offset : offset + tensor.nbytes]
+        return stretch.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
     def _publish(self, known: int) -> None:
         """Hand the table to the device; fill every slot with the pieces from ``known`` on."""
@@ -165,6 +207,15 @@ def pieces(addresses: Integers, sizes: Integers, offsets: Integers, bases: list[
     for slot, base in enumerate(bases):
         rows[:, 2 + slot] = base + offsets[tensor] + start
     return rows
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether `check_dense` has nothing against a tensor."""
+    try:
+        check_dense(tensor)
+    except ValueError:
+        return False
+    return True
 
 
 def check_dense(tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
-from adaptlr.telemetry import Action, Flag, Phase, Slot, action_of, restored_slot
+from adaptlr.telemetry import Action, Flag, Phase, Slot, action_of, restore_order, restored_slot
 
 Row: TypeAlias = npt.NDArray[Any]
 
@@ -149,9 +149,10 @@ def _restored(row: Row) -> str:
 
 def _cut(row: Row, factor: float) -> str:
     what = _seen(row) or "the loss is back with the snapshot's weights, so lr was to blame"
+    zeroed = "momentum zeroed, " if restore_order(row) is Slot.ZERO_MOMENT else ""
     return (
-        f"{what}; step skipped, learning rate cut to {float(row['target_factor']):.3g} of its "
-        f"schedule (it stood at {factor:.3g}) and warmed up again"
+        f"{what}; step skipped, {zeroed}learning rate cut to {float(row['target_factor']):.3g} of "
+        f"its schedule (it stood at {factor:.3g}) and warmed up again"
     )
 
 

@@ -22,8 +22,8 @@ class Attached(Protocol):
     def save(self, state_dict: dict[str, Any]) -> None:
         """Put the controller's state into the optimizer's."""
 
-    def check(self, state_dict: dict[str, Any]) -> None:
-        """Raise if the controller could not load this, before anything is changed."""
+    def check(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return what is left to load; raise if the controller could not, before any change."""
 
     def load(self) -> None:
         """Take the controller's state out of the optimizer's."""

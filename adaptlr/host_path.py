@@ -12,6 +12,8 @@ from adaptlr import _extension
 from adaptlr.config import ResolvedConfig
 from adaptlr.pending import Pending
 
+ZERO_ORDER: int = _extension.ZERO_MOMENT << 4
+
 
 class HostPath(_extension.HostLoop, Pending):
     """Decides at once, sets lr before the step, and skips by taking the gradients away.
@@ -30,6 +32,7 @@ class HostPath(_extension.HostLoop, Pending):
     name = "float"
     lag = 0
     carry_out: Callable[[int], None]  # set by `Snapshots`
+    zero_moments: Callable[[], None]  # set by `FirstMoments`
     _hook: torch.utils.hooks.RemovableHandle
     replayed = False
 
@@ -100,7 +103,8 @@ class HostPath(_extension.HostLoop, Pending):
 
     def await_update(self) -> None:
         """Have the order carried out after this update. A hook for all steps would cost in each."""
-        self._hook = self._optimizer.register_step_post_hook(self._after_update)
+        if self.order:
+            self._hook = self._optimizer.register_step_post_hook(self._after_update)
 
     def _after_update(self, *_: object) -> None:
         order, self.order = self.order, -1
@@ -113,6 +117,13 @@ class HostPath(_extension.HostLoop, Pending):
             self._hook.remove()
 
     def skip(self) -> None:
+        """Take the gradients away, and zero first moments if that is ordered."""
+        if self.order == ZERO_ORDER:
+            self.zero_moments()
+            self.order = 0
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
         """Take the gradients away."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
@@ -121,7 +132,7 @@ class HostPath(_extension.HostLoop, Pending):
     def stand_aside(self) -> None:
         """Nothing to do: a step that is not ours sees nothing of ours."""
 
-    skip_suspended = skip
+    skip_suspended = drop_gradients
 
     def resume(self) -> None:
         """Nothing to do after steps that were suspended."""
@@ -194,6 +205,14 @@ class HostPath(_extension.HostLoop, Pending):
     def state(self) -> npt.NDArray[Any]:
         """Return a copy of the State."""
         return self.core.state
+
+    def saved_states(self) -> npt.NDArray[Any]:
+        """Return a copy of the States beside the snapshots."""
+        return self.core.saved
+
+    def set_saved_states(self, states: npt.NDArray[Any]) -> None:
+        """Set the States beside the snapshots."""
+        self.core.saved = states
 
     def configure(self, state: npt.NDArray[Any] | None = None) -> None:
         """Hand the config, and a State if given, to the extension; set the rates that follow."""

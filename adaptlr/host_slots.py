@@ -95,6 +95,35 @@ class HostSlots:
         for group, saved in groups:
             put_back(group, saved)
 
+    def read(self, slot: int) -> dict[str, Any]:
+        """Return what is in a slot, copied to the CPU, as checkpoints have it.
+
+        Beside a kernel that reaches everything a slot may never have been filled here.
+        """
+        groups = self._contents.optimizer.param_groups
+        kept = self._slots.get(slot) or _Slot(groups=[{} for _ in groups])
+        values = self._contents.numbered(kept.weights, kept.state, kept.groups)
+        read: dict[str, Any] = copied(values, None, lambda tensor, _: to_cpu(tensor))
+        return read
+
+    @torch.no_grad()
+    def write(self, slot: int, values: dict[str, Any]) -> None:
+        """Put what `read` has returned into a slot."""
+        values = copied(values, self._contents.live(), self._placed)
+        parameters = dict(enumerate(self._contents.parameters()))
+        weights, state = (
+            {parameters.get(key, key): value for key, value in values[name].items()}
+            for name in ("weights", "state")
+        )
+        self._slots[slot] = _Slot(weights, state, values["groups"])
+
+    def _placed(self, tensor: torch.Tensor, live: Any) -> Any:
+        """Copy a tensor to where those of a slot lie, unless somebody else does."""
+        device = live.device if isinstance(live, torch.Tensor) else tensor.device
+        if self._skipped is not None and device == self._skipped:
+            return MISSING
+        return tensor.to(self._device or device, copy=True)
+
     def _copied(self, values: Any, olds: Any = None) -> Any:
         return copied(dict(values), olds, self._copy)
 
@@ -105,6 +134,11 @@ class HostSlots:
         if has_form(old, tensor):
             return old.copy_(tensor)
         return tensor.clone() if self._device is None else tensor.to(self._device, copy=True)
+
+
+def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor, wherever it is."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

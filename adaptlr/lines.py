@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptlr.events import Event
-from adaptlr.telemetry import Flag, Phase, action_of, restored_slot, saved_slot
+from adaptlr.telemetry import Flag, Phase, action_of, restore_order, saved_slot
 
 FORMAT = 1
 NUMBERS = ("loss", "level", "scale", "slope", "t_statistic", "lr", "factor")
@@ -109,7 +109,7 @@ def _words(row: Row) -> Line:
     for name, code in (
         ("action", action_of(row)),
         ("saved", saved_slot(row)),
-        ("restored", restored_slot(row)),
+        ("restored", restore_order(row)),
     ):
         if code:
             words[name] = code.name

@@ -159,12 +159,12 @@ def is_early(config: Config, state: State) -> bool:
 
 
 def answer_in_place(config: Config, signals: Signals, alarms: Flag, state: State) -> Orders:
-    """Cut, unless nothing that the LR did can be to blame."""
+    """Cut and zero the first moment, unless nothing that the LR did can be to blame."""
     to_blame = config.guard_mode == GuardMode.ACT and state.onset_lr > 0
     if to_blame:
         cut(config, alarms, state)
     expect_change(signals.loss, not to_blame or not alarms & Flag.DIVERGE, state)
-    return Orders(skip=to_blame)
+    return Orders(skip=True, restore=Slot.ZERO_MOMENT) if to_blame else Orders()
 
 
 def cut(config: Config, alarms: Flag, state: State) -> None:

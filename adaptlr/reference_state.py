@@ -30,9 +30,9 @@ class Phase(enum.IntEnum):
 
 
 class Slot(enum.IntEnum):
-    """Place for a snapshot of parameters and optimizer state."""
+    """Place for a snapshot of parameters and optimizer state; or that first moments are zeroed."""
 
-    NO_SLOT, START, FIRST, SECOND = range(4)
+    NO_SLOT, START, FIRST, SECOND, ZERO_MOMENT = range(5)
 
 
 class Action(enum.IntEnum):

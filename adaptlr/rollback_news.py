@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,7 +34,7 @@ class RollbackNews:
         self._path = path
         self._host = host
         self._report = report
-        self._seen = path.core.written
+        self._begin = self._seen = path.core.written
         path.events = path.core.written_events
 
     def catch_up(self) -> None:
@@ -46,7 +47,7 @@ class RollbackNews:
             self._path.events = int(row["sequence"])
             restore = restored_slot(row)
             if restore:
-                self._report(restore, self._filled_at(restore, int(row["step"])))
+                self._report(restore, self.filled_at(restore, int(row["step"])))
 
     def _follow(self, save: int, restore: int) -> None:
         if save:
@@ -54,9 +55,14 @@ class RollbackNews:
         if restore:
             self._host.put_back(restore)
 
-    def _filled_at(self, slot: int, step: int) -> int | None:
-        """Return the steps taken when a slot was filled, before ``step``, if records tell."""
-        rows = self._path.core.records(0)
+    def filled_at(self, slot: int, before: float = math.inf) -> int | None:
+        """Return the steps taken when a slot was last filled, if records tell.
+
+        Args:
+            slot: One of those that the device has filled by itself.
+            before: The step that asks.
+        """
+        rows = self._path.core.records(self._begin)
         saves = (rows["action"] >> _extension.SAVE_SHIFT) & SLOT_BITS
-        steps = rows["step"][(saves == slot) & (rows["step"] < step)]
+        steps = rows["step"][(saves == slot) & (rows["step"] < before)]
         return int(steps[-1]) + 1 if len(steps) else None

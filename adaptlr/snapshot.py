@@ -29,9 +29,12 @@ from adaptlr.placement import (
     slot_bytes,
 )
 from adaptlr.rollback_news import RollbackNews
+from adaptlr.saved_slots import SavedSlots, read_slot, slots_of, unpack_slots, write_slot
 from adaptlr.telemetry import SLOT_BITS
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from adaptlr.attachment import Path
 
 logger = logging.getLogger("adaptlr")
@@ -73,13 +76,17 @@ class Snapshots:
         self._host: HostSlots | None = None
         self._device: DeviceSlots | None = None
         self._news: RollbackNews | None = None
-        self._filled: dict[int, int] = {}  # slot -> steps taken by then, as far as the host knows
+        self._loaded: SavedSlots | None = None  # until the slots are made
+        # Slot -> steps taken by then, as far as the host knows.
+        self._filled: dict[int, int | None] = {}
         self._told = ""
         self._checks = 0
         self.slots = 0
         self.where: str | None = None
+        self._placement: Placement
         self.wanted = choice != "off" and config.row["guard_mode"] == GuardMode.ACT
-        path.prepares = bool(self.wanted)
+        self._due = False  # to be made before the coming step
+        self._ask()
         path.catch_up = self._after_step
         if isinstance(path, HostPath):
             path.carry_out = self.carry_out
@@ -93,6 +100,11 @@ class Snapshots:
         """Show how many slots there are, where, and what they take."""
         return f"Snapshots(slots={self.slots}, where={self.where!r}, bytes={self.bytes})"
 
+    def _ask(self) -> None:
+        """Ask to be called before the coming step, if snapshots can be ordered."""
+        if self.wanted:
+            self._due = self._path.prepares = True
+
     # -- before a step --------------------------------------------------------
 
     def prepare(self, step: int) -> None:
@@ -102,12 +114,12 @@ class Snapshots:
             step: Steps taken so far, if this is the first one.
         """
         path = self._path
-        if path.prepares:
-            path.prepares = False
-            if not self.wanted:
-                return
+        path.prepares = False
+        if self._due:
+            self._due = False
             if not path.is_capturing():
                 self.begin(step)
+                self._loaded = None
             elif self.slots == 0:
                 self._give_up(
                     "the first step is captured in a CUDA graph, where they cannot be made: run "
@@ -117,9 +129,9 @@ class Snapshots:
             self.notice()
 
     def begin(self, step: int) -> None:
-        """Make all slots, and fill them with what is there now."""
+        """Make all slots, and fill them with what is there, or what a checkpoint has brought."""
         self._forget()
-        placement = self._place()
+        placement = self._placement = self._place()
         if placement.slots == 0:
             return self._give_up(
                 f"one slot takes about {shown(placement.slot_bytes)}, more than a quarter of the "
@@ -131,6 +143,8 @@ class Snapshots:
         except ValueError as error:
             return self._give_up(str(error))
         self._filled = {START: step}
+        if self._loaded is not None:
+            self._take_in(self._loaded)
         self._path.entries = len(self._optimizer.state)
         self._allow(placement.slots)
         self._tell(placement)
@@ -140,9 +154,9 @@ class Snapshots:
 
         An eager first step fills the slots anew: weights may be loaded before it.
         """
-        if self.wanted and self._path.prepares and not isinstance(self._path, HostPath):
+        if self._due and not isinstance(self._path, HostPath):
             self.begin(step)
-            self._path.prepares = True
+            self._ask()
 
     def reload(self, step: int) -> None:
         """Forget what the slots hold: the run goes on from a checkpoint.
@@ -150,7 +164,7 @@ class Snapshots:
         A captured graph needs valid slots at once. Weights may be loaded after the optimizer, so an
         eager step fills the slots anew.
         """
-        self._path.prepares = bool(self.wanted)
+        self._ask()
         if self.slots:
             self.resumed(step)
 
@@ -172,6 +186,8 @@ class Snapshots:
             self._give_up(str(error))
 
     def _place(self) -> Placement:
+        if self._loaded is not None:
+            return self._placement  # there was room when they were loaded
         size = slot_bytes(self._contents)
         free = free_device_bytes(next(iter(self._contents.weights().values())).device)
         return place(size, self._choice, free, free_host_bytes())
@@ -245,13 +261,72 @@ class Snapshots:
 
     def _report(self, slot: int, step: int | None) -> None:
         if self._on_rollback is not None:
-            self._on_rollback(self._filled.get(slot, step))
+            self._on_rollback(self._filled.get(slot) if step is None else step)
+
+    # -- checkpoints ----------------------------------------------------------
+
+    def saved(self) -> SavedSlots | None:
+        """Return a copy of all slots that the run could go back to. Waits for the device.
+
+        Returns:
+            None where there are no snapshots: before the first step, or for want of memory.
+        """
+        if self._loaded is not None or self._host is None:
+            return self._loaded
+        state = self._path.state()
+        self.catch_up()
+        if self._path.entries != len(self._optimizer.state):
+            self.notice()
+        slots = {slot: self._read(slot) for slot in sorted(slots_of(state))}
+        return SavedSlots(self._path.saved_states(), slots)
+
+    def _read(self, slot: int) -> dict[str, Any]:
+        assert self._host is not None
+        told = None if self._news is None else self._news.filled_at(slot)
+        step = self._filled.get(slot) if told is None else told
+        return {"step": step, **read_slot(slot, self._contents, self._host, self._device)}
+
+    def checked(
+        self, packed: object, state: npt.NDArray[Any], coming: dict[Any, Any] | None
+    ) -> SavedSlots:
+        """Read snapshots of a checkpoint; raise if they do not fit. See `unpack_slots`."""
+        on_device = not isinstance(self._path, HostPath)
+        return unpack_slots(packed, state, self._contents, coming, is_complete=on_device)
+
+    def accept(self, saved: SavedSlots | None) -> str:
+        """Keep snapshots that were `checked` for the first step, which takes them in.
+
+        Returns:
+            Why not, in words that end a sentence, or nothing.
+        """
+        self._loaded = None
+        if saved is None:
+            return "which this checkpoint does not hold"
+        if not self.wanted:
+            return "which this run does not keep"
+        if self.slots == 0:
+            self._placement = self._place()
+        if self._placement.slots < saved.count:
+            return "for which there is no room now"
+        self._loaded = saved
+        return ""
+
+    def _take_in(self, saved: SavedSlots) -> None:
+        """Fill the slots from a checkpoint. Waits for the device."""
+        assert self._host is not None
+        if self._device is not None:
+            torch.cuda.synchronize(self._path.device)  # type: ignore[union-attr]
+        for slot, values in saved.slots.items():
+            self._filled[slot] = values["step"]
+            write_slot(slot, values, self._contents, self._host, self._device)
+        self._host.cover_new()
+        self._path.set_saved_states(saved.states)
 
     # -- the end --------------------------------------------------------------
 
     def release(self) -> None:
         """Free the slots, for good. Waits for the device."""
-        self.wanted = self._path.prepares = False
+        self.wanted = self._due = self._path.prepares = False
         self._forget()
 
     def _forget(self) -> None:
@@ -270,7 +345,7 @@ class Snapshots:
         if not self._path.is_capturing():
             self._allow(0)
         message = f"snapshots are off, and with them rollbacks: {reason}"
-        if self._choice != "auto":
+        if self._choice != "auto" or self._loaded is not None:
             raise ValueError(message)
         warnings.warn(f'{message}; snapshot="off" silences this', stacklevel=2)
 

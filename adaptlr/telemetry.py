@@ -53,12 +53,13 @@ class Action(IntEnum):
 
 
 class Slot(IntEnum):
-    """Places for snapshots."""
+    """Places for snapshots; in place of one that is put back also that first moments are zeroed."""
 
     NONE = 0
     START = 1
     FIRST = 2
     SECOND = 3
+    ZERO_MOMENT = 4
 
 
 SLOT_BITS = 15
@@ -76,6 +77,12 @@ def saved_slot(row: npt.NDArray[Any]) -> Slot:
 
 def restored_slot(row: npt.NDArray[Any]) -> Slot:
     """Return the slot that the step of a record has put back."""
+    order = restore_order(row)
+    return Slot.NONE if order is Slot.ZERO_MOMENT else order
+
+
+def restore_order(row: npt.NDArray[Any]) -> Slot:
+    """Return the slot that the step of a record has put back, or ZERO_MOMENT."""
     return Slot(int(row["action"]) >> _extension.RESTORE_SHIFT & SLOT_BITS)
 
 

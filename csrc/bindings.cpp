@@ -64,8 +64,9 @@ template <typename T> py::array to_row(const T& value) {
   return py::array(layout<T>(), std::vector<py::ssize_t>{}, &value);
 }
 
-template <typename T> py::array to_rows(const std::vector<T>& values) {
-  return py::array(layout<T>(), std::vector<py::ssize_t>{static_cast<py::ssize_t>(values.size())},
+template <typename Values> py::array to_rows(const Values& values) {
+  return py::array(layout<typename Values::value_type>(),
+                   std::vector<py::ssize_t>{static_cast<py::ssize_t>(values.size())},
                    values.data());
 }
 
@@ -76,6 +77,17 @@ template <typename T> T from_row(const py::array& row) {
   T value;
   std::memcpy(&value, row.data(), sizeof(T));
   return value;
+}
+
+/// The states beside the snapshots.
+std::array<State, kSavedStates> saved_from_rows(const py::array& rows) {
+  if (!rows.dtype().equal(layout<State>()) || rows.size() != kSavedStates)
+    throw py::value_error("expected " + std::to_string(kSavedStates) + " rows of State, got " +
+                          std::to_string(rows.size()) + " of " +
+                          std::string(py::str(rows.dtype())));
+  std::array<State, kSavedStates> saved;
+  std::memcpy(saved.data(), rows.data(), sizeof(saved));
+  return saved;
 }
 
 py::tuple lrs_of(const Config& config, double multiplier) {
@@ -169,7 +181,9 @@ void define_layouts(py::module_& module) {
   module.attr("MAX_GROUPS") = kMaxGroups;
   module.attr("DIFFERENCES") = kDifferences;
   module.attr("SLOTS") = kSlots;
+  module.attr("SAVED_STATES") = kSavedStates;
   module.attr("START_SLOT") = static_cast<int>(kStart);
+  module.attr("ZERO_MOMENT") = static_cast<int>(kZeroMoment);
   module.attr("SAVE_SHIFT") = kSaveShift;
   module.attr("RESTORE_SHIFT") = kRestoreShift;
   module.attr("FAILED_NOTICE") = kFailedNotice;
@@ -308,12 +322,20 @@ void check_block() {
     throw std::logic_error("DeviceBlock must hold what a step changes, then what it only reads");
 }
 
+/// The memory itself, not a copy.
+py::array_t<std::uint8_t> bytes_of(const py::object& self) {
+  const auto& memory = self.cast<const SlotMemory&>();
+  const auto size = static_cast<py::ssize_t>(memory.bytes());
+  return py::array_t<std::uint8_t>({size}, static_cast<std::uint8_t*>(memory.host()), self);
+}
+
 void define_slot_memory(py::module_& module) {
   py::class_<SlotMemory>(module, "SlotMemory")
       .def(py::init<int, std::size_t>(), py::arg("device"), py::arg("bytes"))
       .def_property_readonly(
           "address",
           [](const SlotMemory& m) { return reinterpret_cast<std::uintptr_t>(m.address()); })
+      .def_property_readonly("bytes", &bytes_of)
       .def("free", &SlotMemory::free);
 }
 
@@ -326,6 +348,8 @@ void define_kernels(py::module_& module) {
   module.attr("PIECE_BYTES") = kPieceBytes;
   module.attr("BLOCK_BYTES") = sizeof(DeviceBlock);
   module.attr("STATE_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::state);
+  module.attr("SAVED_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::saved);
+  module.attr("MOMENTS_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::moments);
   module.attr("LR_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::lr);
   module.attr("SKIP_OFFSET") = offset_of<DeviceBlock>(&DeviceBlock::skip);
   module.attr("OVERWRITTEN") = static_cast<int>(kOverwritten);
@@ -369,7 +393,10 @@ PYBIND11_MODULE(_extension, module) {
           [](HostController& c, const py::array& row) { c.config = from_row<Config>(row); })
       .def_property(
           "state", [](const HostController& c) { return to_row(c.state); },
-          [](HostController& c, const py::array& row) { c.state = from_row<State>(row); });
+          [](HostController& c, const py::array& row) { c.state = from_row<State>(row); })
+      .def_property(
+          "saved", [](const HostController& c) { return to_rows(c.saved); },
+          [](HostController& c, const py::array& rows) { c.saved = saved_from_rows(rows); });
   define_flight_record(host);
   define_host_loop(module);
   define_device_loop(module);

@@ -182,7 +182,7 @@ void DeviceController::wait(int64_t lag) {
 }
 
 SlotMemory::SlotMemory(int device, std::size_t bytes)
-    : context_(driver::primary_context(device)), memory_(context_, bytes) {}
+    : context_(driver::primary_context(device)), bytes_(bytes), memory_(context_, bytes) {}
 
 void SlotMemory::free() noexcept {
   if (memory_.host() == nullptr)

@@ -96,11 +96,16 @@ public:
   /// As the device sees it.
   void* address() const { return memory_.device(); }
 
+  /// As the host sees it; null once freed.
+  void* host() const { return memory_.host(); }
+  std::size_t bytes() const { return bytes_; }
+
   /// Waits for the device. May be called more than once.
   void free() noexcept;
 
 private:
   driver::Context context_;
+  std::size_t bytes_;
   driver::PinnedMemory memory_;
 };
 

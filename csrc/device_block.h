@@ -32,6 +32,12 @@ struct RingCursor {
 };
 static_assert(sizeof(RingCursor) == sizeof(RingHeader), "the cursor is published as a header");
 
+/// A stretch of memory. Its address needs no alignment.
+struct Range {
+  unsigned char* address;
+  int64_t bytes;
+};
+
 /// All that a controller keeps on its device. The order serves the control step: what it changes
 /// comes first, then what it only reads, so that a warp moves either in one to three wide accesses.
 struct alignas(16) DeviceBlock {
@@ -45,6 +51,8 @@ struct alignas(16) DeviceBlock {
   float skip;            // 1: the coming update is skipped (found_inf of fused optimizers); or 0
   int32_t save, restore; // as in the last Decision
   State saved[kSavedStates]; // beside the snapshots; read and written with those only
+  Range* moments;            // the optimizer's first moments, which some cuts zero
+  int64_t moment_count;
 };
 
 constexpr unsigned kVectorBytes = 16; // of the widest access of a lane
@@ -94,11 +102,6 @@ struct ConfigureParams {
   State state;
   Ring ring; // a new ring begins empty, with no loss pending
   int64_t fields;
-};
-
-struct Range {
-  unsigned char* address;
-  int64_t bytes;
 };
 
 /// Of adaptlr_zero_if; range i belongs to the thread blocks with blockIdx.y == i.

@@ -81,7 +81,7 @@ ADAPTLR_HOST_DEVICE inline void answer_in_place(const Config& config, const Sign
   const bool to_blame = state.onset_lr > 0.0 && config.guard_mode == GuardMode::kAct;
   if (to_blame) {
     cut(config, alarms == kDrift, state);
-    decision.action = Action::kSkip;
+    order(decision.save, kZeroMoment, decision); // what led here lives on in it
   }
   expect_change(signals.loss, !(alarms & kDiverge) || !to_blame, state);
 }

@@ -33,6 +33,7 @@ struct alignas(kVectorBytes) Outcome {
   Record* record_slot;
   Record* event_slot; // 0: not an event
   double multiplier;
+  bool zeroes_moments;
 };
 
 /// The pending losses as one. With none there is nothing to learn: NaN, which is skipped.
@@ -72,6 +73,7 @@ __device__ Decision advance(const StepParams& params, const double* inputs, doub
   staged.cursor.notices |= notices_of(record, decision.event);
   staged.pending = PendingLosses{0.0, 0};
   outcome.record = record;
+  outcome.zeroes_moments = decision.restore == kZeroMoment;
   const bool zero = params.zero_lr && decision.action == Action::kSkip;
   outcome.multiplier = zero ? 0.0 : decision.multiplier;
   claim(staged.ring, decision.event, staged.cursor, outcome);
@@ -116,6 +118,30 @@ __device__ void write_lrs(double2 peaks, double multiplier, DeviceBlock& block, 
                    static_cast<float>(peaks.y * multiplier)};
   reinterpret_cast<float2*>(block.lr)[lane] = lrs;
   reinterpret_cast<float2*>(block.written)[lane] = lrs;
+}
+
+/// Zeroes a range together with other threads, of which there are kVectorBytes at least.
+__device__ void zero(const Range& range, int64_t thread, int64_t threads) {
+  const auto misaligned = reinterpret_cast<unsigned long long>(range.address) % kVectorBytes;
+  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
+  if (head > range.bytes)
+    head = range.bytes;
+  const int64_t vectors = (range.bytes - head) / kVectorBytes;
+  const int64_t tail = head + vectors * kVectorBytes;
+  auto* body = reinterpret_cast<uint4*>(range.address + head);
+  for (int64_t i = thread; i < vectors; i += threads)
+    body[i] = make_uint4(0, 0, 0, 0);
+  if (thread < head)
+    range.address[thread] = 0;
+  if (tail + thread < range.bytes && thread < kVectorBytes)
+    range.address[tail + thread] = 0;
+}
+
+/// One warp takes a while for all first moments. But a cut is rare, and a kernel of their own would
+/// be a launch in every step.
+__device__ ADAPTLR_RARE void zero_moments(const DeviceBlock& block, unsigned lane) {
+  for (int64_t i = 0; i < block.moment_count; ++i)
+    zero(block.moments[i], lane, kLanes);
 }
 
 /// Tells the host how far the rings go. In no order with the lines: those prove themselves.
@@ -164,9 +190,11 @@ extern "C" __global__ void __launch_bounds__(kLanes)
         advance(params, inputs, loss, differences, overwritten, staged, outcome);
     block.skip = decision.action == Action::kSkip ? 1.0f : 0.0f;
     block.save = decision.save;
-    block.restore = decision.restore;
+    block.restore = outcome.zeroes_moments ? int32_t{kNoSlot} : decision.restore;
   }
   __syncwarp();
+  if (outcome.zeroes_moments)
+    zero_moments(block, lane);
 
   if (!host_sets_lr)
     write_lrs(peaks, outcome.multiplier, block, lane);
@@ -211,26 +239,13 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const Configur
 }
 
 /// Zeroes ranges of memory if the coming update is to be skipped: for optimizers that do not read
-/// the flag. Addresses need no alignment.
+/// the flag.
 extern "C" __global__ void __launch_bounds__(256) adaptlr_zero_if(const ZeroParams params) {
   if (params.block->skip == 0.0f)
     return;
-  const Range range = params.ranges[blockIdx.y];
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const auto misaligned = reinterpret_cast<unsigned long long>(range.address) % kVectorBytes;
-  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
-  if (head > range.bytes)
-    head = range.bytes;
-  const int64_t vectors = (range.bytes - head) / kVectorBytes;
-  const int64_t tail = head + vectors * kVectorBytes;
-  auto* body = reinterpret_cast<uint4*>(range.address + head);
-  for (int64_t i = thread; i < vectors; i += threads)
-    body[i] = make_uint4(0, 0, 0, 0);
-  if (thread < head)
-    range.address[thread] = 0;
-  if (tail + thread < range.bytes && thread < kVectorBytes)
-    range.address[tail + thread] = 0;
+  zero(params.ranges[blockIdx.y], thread, threads);
 }
 
 namespace {

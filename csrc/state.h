@@ -33,8 +33,9 @@ namespace adaptlr {
 constexpr int kMaxGroups = 64;
 
 /// Places for snapshots of parameters and optimizer state. `kStart` is kept for the run; the two
-/// others take turns.
-enum Slot : int32_t { kNoSlot, kStart, kFirst, kSecond };
+/// others take turns. To restore `kZeroMoment`, which is no place, is to zero the optimizer's first
+/// moments and to leave all else.
+enum Slot : int32_t { kNoSlot, kStart, kFirst, kSecond, kZeroMoment };
 constexpr int kSlots = 3;
 /// Record::action is action | save << kSaveShift | restore << kRestoreShift.
 constexpr int kSaveShift = 4;

@@ -88,7 +88,7 @@ def drive(model: Model, step_of: Callable[[float], Told], steps: int = STEPS) ->
             model.update(step, told.lr / PEAK, weights)
         if told.save:
             snapshots[told.save] = copy.copy(weights)
-        if told.restore:
+        if told.restore in snapshots:
             weights = copy.copy(snapshots[told.restore])
 
 

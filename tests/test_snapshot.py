@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import loss_of, parameters_of, same, train
 
-from adaptlr import AdaptiveLR, Guard, _extension, placement
+from adaptlr import AdaptiveLR, Guard, Phase, _extension, placement
 from adaptlr.contents import Contents
 from adaptlr.device_slots import check_dense, pieces, places
+from adaptlr.first_moments import NAMES, first_moments
 from adaptlr.placement import place, shown, slot_bytes
 from adaptlr.snapshot import Snapshots
 
@@ -407,6 +408,76 @@ def test_slots_do_not_keep_an_optimizer_alive(make_model, batches):
     del model, optimizer, controller
     gc.collect()
     assert gone() is None
+
+
+# -- without snapshots -------------------------------------------------------------------------
+
+MOMENTS = {
+    **{name: OPTIMIZERS[name] for name in ("SGD momentum", "AdamW fused", "AdamW")},
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+}
+
+
+def split(optimizer) -> tuple[list[torch.Tensor], dict]:
+    """Return the first moments, and a copy of everything else."""
+    rest = frozen(optimizer)
+    moments = [
+        state.pop(name) for state in rest["state"].values() for name in NAMES if name in state
+    ]
+    return moments, rest
+
+
+def run_away(controller, model, batches, after: int = 70) -> list:
+    """Train until the loss has run away and the guard answers; return what was there before."""
+    before = []
+    for index in range(after + 20):
+        loss_of(model, batches[index % len(batches)]).backward()
+        before = split(controller._optimizer)
+        controller.step(1.0 + 0.01 * (index % 7) + 0.2 * max(0, index - after))
+        controller.zero_grad()
+        if controller.status().phase is not Phase.RUN:
+            return before
+    raise AssertionError("there was no answer")
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_a_cut_without_snapshots_zeroes_the_first_moment_and_nothing_else(
+    name, make_model, batches
+):
+    model = make_model()
+    optimizer = MOMENTS[name](model.parameters())
+    controller = AdaptiveLR(optimizer, total_steps=200, snapshot="off", warmup=0)
+    moments, rest = run_away(controller, model, batches)
+    assert moments
+    assert all(moment.any() for moment in moments)
+    zeroed, same_rest = split(optimizer)
+    assert not any(moment.any() for moment in zeroed)
+    assert equal(same_rest, rest)
+    (cut,) = (event for event in controller.events() if event.kind == "cut")
+    assert "step skipped, momentum zeroed, learning rate cut to 0.5 " in cut.reason
+    train(controller, model, batches[:1])
+    assert all(moment.any() for moment in split(optimizer)[0])
+
+
+def test_with_snapshots_moments_are_put_back_and_not_zeroed(make_model, batches):
+    model, optimizer, controller = made(make_model, "AdamW", warmup=0)
+    start = parameters_of(model)
+    run_away(controller, model, batches, after=20)
+    assert same(parameters_of(model), start)
+    assert all(moment.any() for moment in split(optimizer)[0])
+    assert all("momentum zeroed" not in event.reason for event in controller.events())
+
+
+def test_only_moving_means_of_gradients_are_first_moments():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    state = optimizer.state[parameter]
+    state["exp_avg"] = torch.ones(2)
+    state["momentum_buffer"] = torch.ones(2, dtype=torch.uint8)  # quantised: 0 is no zero
+    state["exp_avg_sq"] = torch.ones(2)
+    assert [m.data_ptr() for m in first_moments(optimizer)] == [state["exp_avg"].data_ptr()]
 
 
 # -- the table of the kernel -------------------------------------------------------------------

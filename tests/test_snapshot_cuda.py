@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from conftest import loss_of, parameters_of, same, train
 from test_cuda import Device, stream
 from test_graphs import WholeStep
-from test_snapshot import FIRST, SECOND, START, addresses, equal, frozen
+from test_snapshot import FIRST, SECOND, START, addresses, equal, frozen, split
 from test_update import config_of, to_structured
 from traces import TRACES
 
-from adaptlr import AdaptiveLR, _extension
+from adaptlr import AdaptiveLR, Phase, _extension
 from adaptlr.device_slots import DeviceSlots
 
 pytestmark = pytest.mark.cuda
@@ -151,6 +153,104 @@ def test_a_step_that_is_not_ours_repeats_no_order(make_model, data):
     orders.give(restore=START)
     optimizer.step()
     assert not same(parameters_of(model), before)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "NAdam", "AdamW float"])
+def test_a_cut_without_snapshots_zeroes_the_first_moment_on_the_device(name, make_model, data):
+    model = make_model(device="cuda")
+    optimizer = OPTIMIZERS[name.split()[0]](model.parameters())
+    form = "float" if "float" in name else "auto"
+    controller = AdaptiveLR(optimizer, 200, snapshot="off", warmup=0, device_path=form)
+    moments, rest, weights = [], None, []
+    for index in range(90):
+        loss_of(model, data[index % len(data)]).backward()
+        moments, rest = split(optimizer)
+        weights = parameters_of(model)
+        level = 1.0 + 0.01 * (index % 7) + 0.2 * max(0, index - 70)
+        controller.step(torch.tensor(level, device="cuda"))
+        controller.zero_grad()
+        torch.cuda.synchronize()
+        if controller.status().phase is Phase.REWARM:
+            break
+    assert controller.status().phase is Phase.REWARM
+    assert all(moment.any() for moment in moments)
+    zeroed, same_rest = split(optimizer)
+    assert not any(moment.any() for moment in zeroed)
+    assert same(parameters_of(model), weights)
+    if name in ("SGD", "AdamW"):  # fused: the step has left no trace
+        assert equal(same_rest, rest)
+    assert "momentum zeroed" in controller.events()[-1].reason
+    train(controller, model, data[:1])
+    assert all(moment.any() for moment in split(optimizer)[0])
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_a_captured_cut_zeroes_the_first_moment(name, make_model, data):
+    model = make_model(device="cuda")
+    optimizer = OPTIMIZERS[name](model.parameters())
+    controller = AdaptiveLR(optimizer, 200, snapshot="off", warmup=0)
+    step = WholeStep(model, optimizer, controller, data[0])
+    step.scale.fill_(1.0)
+    for index in range(90):
+        step.batch.copy_(data[index % len(data)])
+        step.scale.mul_(1.5 if index > 70 else 1.0)
+        step.graph.replay()
+        torch.cuda.synchronize()
+        if controller.status().phase is Phase.REWARM:
+            break
+    assert controller.status().phase is Phase.REWARM
+    assert not any(moment.any() for moment in split(optimizer)[0])
+
+
+def through_a_file(value: object):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_can_bring_the_slots_back(name, place, make_model, data):
+    options = {"snapshot": place, "save_snapshots": True}
+    model, optimizer, controller, orders = made(make_model, name, **options)
+    start = parameters_of(model)
+    train(controller, model, data[:5])
+    orders.give(save=FIRST)
+    train(controller, model, data[5:6])
+    first = device_state(optimizer)
+    train(controller, model, data[6:8])
+    state = controller._path.state()
+    state["good_slot"] = FIRST
+    controller._path.configure(state)
+    saved = through_a_file((model.state_dict(), optimizer.state_dict()))
+    other, its_optimizer, resumed, its_orders = made(make_model, name, **options)
+    its_optimizer.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    again = through_a_file(resumed.state_dict(snapshots=True))
+    assert equal(again["adaptlr_snapshots"], saved[1]["param_groups"][0]["adaptlr_snapshots"])
+    its_orders.give(restore=FIRST)
+    train(resumed, other, data[8:9])
+    assert equal(device_state(its_optimizer), first)
+    train(resumed, other, data[9:10])
+    its_orders.give(restore=START)
+    train(resumed, other, data[10:11])
+    assert same(parameters_of(other), start)
+
+
+def test_slots_of_a_checkpoint_are_there_for_replays(make_model, data):
+    model, optimizer, controller, _ = made(make_model, "AdamW", save_snapshots=True)
+    start = parameters_of(model)
+    train(controller, model, data[:4])
+    saved = through_a_file((model.state_dict(), optimizer.state_dict()))
+    other, its_optimizer, resumed, its_orders = made(make_model, "AdamW")
+    graphed = WholeStep(other, its_optimizer, resumed, data[0])
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1]["param_groups"][0])
+    assert not same(parameters_of(other), start)
+    its_orders.give(restore=START)
+    graphed.replay(data[4])
+    assert same(parameters_of(other), start)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -154,10 +154,10 @@ def test_accumulated_losses_and_rates_are_those_of_a_plain_loop_and_of_the_logs(
     assert logged(trainer, "learning_rate") == ours["lr"].tolist()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_resumed_run_equals_one_that_never_stopped(form, tmp_path):
+@pytest.mark.parametrize(("form", "save_snapshots"), [("attach", False), ("callback", True)])
+def test_a_resumed_run_equals_one_that_never_stopped(form, save_snapshots, tmp_path):
     settings = {
-        "options": {"guard": Guard()},
+        "options": {"guard": Guard(), "save_snapshots": save_snapshots},
         "eval_strategy": "steps",
         "save_strategy": "steps",
         "eval_steps": 8,
@@ -173,7 +173,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(form, tmp_path):
     expected, actual = callback.controller.history()[8:], other.controller.history()
     for field in ("step", "loss", "lr", "level", "factor"):
         assert actual[field].tolist() == expected[field].tolist(), field
-    assert other.controller.events()[0].reason == "resumed at step 8"
+    assert other.controller.events()[0].reason == (
+        "resumed at step 8 with its snapshots" if save_snapshots else "resumed at step 8"
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
