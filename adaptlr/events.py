@@ -24,7 +24,7 @@ class Event:
         step: The optimizer step, from 0, at which it happened.
         kind: ``"skip"``, ``"overflow"``, ``"alarm"`` (noticed, not acted on), ``"cut"``,
             ``"restart"``, ``"rescue"``, ``"trial"``, ``"kept"``, ``"test"``, ``"undone"``,
-            ``"probe"``, ``"shift"``, ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``,
+            ``"probe"``, ``"back"``, ``"shift"``, ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``,
             ``"far_lr"``, ``"search"``, ``"found"``, ``"ended"``, ``"resume"``, ``"extend"`` or
             ``"set_peak"``.
         reason: One sentence with the numbers.
@@ -71,6 +71,7 @@ _ENTERED = {
     Phase.TRIAL: "trial",
     Phase.TEST: "test",
     Phase.PROBE: "probe",
+    Phase.SHIFT: "shift",
     Phase.HOLD: "hold",
     Phase.REGROW: "regrow",
     Phase.FAILED: "failed",
@@ -92,6 +93,8 @@ def _kind(row: Row, factor: float) -> str:
         return "cut"
     if phase is Phase.RUN and previous is Phase.TRIAL:
         return "kept" if row["target_factor"] <= factor else "undone"
+    if previous is Phase.PROBE and phase is not previous and not restored:
+        return "back"
     if phase is Phase.RUN and previous in _LEFT:
         return _LEFT[previous]
     return _kind_within_a_phase(row, flags, phase != previous)
@@ -261,6 +264,10 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
     ),
     "probe": lambda row, _: (
         f"{_seen(row)}; {_restored(row)} to see, without an update, whether the loss is lower there"
+    ),
+    "back": lambda row, _: (
+        "the loss is back with the snapshot's weights; the run goes on from them, at "
+        f"{float(row['target_factor']):.3g} of its schedule as before"
     ),
     "shift": _shift,
     "far_lr": _far_lr,
