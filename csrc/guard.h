@@ -162,15 +162,16 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
 
 /// The data has changed: the weights that were set aside go on, with all statistics begun anew. The
 /// snapshot from before is kept for a while, for the change may pass.
-ADAPTLR_HOST_DEVICE inline void accept_shift(const Archive& archive, State& state,
-                                             Decision& decision) {
+ADAPTLR_HOST_DEVICE inline void accept_shift(const Config& config, const Archive& archive,
+                                             State& state, Decision& decision) {
   const State& aside = archive.of(state.aside_slot);
   const double since = is_in(Phase::kShift, aside) ? aside.phase_step : state.step + 1.0;
   return_to_aside(archive, state, decision);
   forget_statistics(state);
   state.soft_step = kNever;
   state.restarts -= 1.0; // nothing had failed
-  enter(Phase::kShift, since, state);
+  if (state.step - since < config.rewarm_steps + config.hold_steps)
+    enter(Phase::kShift, since, state);
 }
 
 /// The loss is back with the snapshot's weights. An lr that has held until then is given the
@@ -194,6 +195,11 @@ ADAPTLR_HOST_DEVICE inline void go_on_from_snapshot(const Config& config, double
   expect_change(loss, false, state);
 }
 
+/// That the two levels between which a probe decides are apart at least.
+ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
+  return kProbeNoises * usual.noise * square_root(usual.variance_factor);
+}
+
 /// One step of a probe. Every loss votes, from -1/2 for the snapshot's own level to 1/2 for the one
 /// that gave the alarm.
 ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
@@ -201,28 +207,28 @@ ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signal
                                               Decision& decision) {
   decision.action = Action::kSkip;
   const Progress& usual = archive.of(state.good_slot).fine;
-  const double least = kProbeNoises * usual.noise * square_root(usual.variance_factor);
-  const double gap = larger(archive.of(state.aside_slot).fine.fast_level - usual.fast_level, least);
+  const double gap =
+      larger(archive.of(state.aside_slot).fine.fast_level - usual.fast_level, least_gap(usual));
   state.probe_sum += clamp(divide(signals.loss - usual.fast_level, gap), 0.0, 1.0) - 0.5;
   const bool sure = fabs(state.probe_sum) >= kProbeSure;
   if (!sure && state.step - state.phase_step + 1.0 < kProbeSteps)
     return;
   if (state.probe_sum > 0.0)
-    accept_shift(archive, state, decision);
+    accept_shift(config, archive, state, decision);
   else
     go_on_from_snapshot(config, signals.loss, archive, state, decision);
 }
 
-/// One step after a change of the data. Is the snapshot from before the better one again?
-ADAPTLR_HOST_DEVICE inline void advance_shift(const Config& config, const Archive& archive,
-                                              State& state, Decision& decision) {
-  const double taken = state.step - state.phase_step + 1.0;
-  if (taken >= config.rewarm_steps + config.hold_steps)
-    return go_on_as_before(state.step + 1.0, state);
-  const int64_t rounds = static_cast<int64_t>(divide(taken, kShiftSamples));
-  const bool due = static_cast<double>(rounds) * kShiftSamples == taken && !(rounds & (rounds - 1));
-  if (!due || rounds == 0)
+/// One step after a change of the data. Is the snapshot from before the better one again? Not where
+/// the loss is down by itself.
+ADAPTLR_HOST_DEVICE inline void advance_shift(const Archive& archive, State& state,
+                                              Decision& decision) {
+  const int64_t taken = static_cast<int64_t>(state.step - state.phase_step) + 1;
+  if (taken < kShiftSteps || (taken & (taken - 1)) != 0) // a power of two
     return;
+  const Progress& usual = archive.of(state.good_slot).fine;
+  if (state.fine.fast_level - usual.fast_level < least_gap(usual))
+    return go_on_as_before(state.step + 1.0, state);
   state.restarts += 1.0;
   begin_probe(false, archive, state, decision);
 }
@@ -292,7 +298,7 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
   if (is_in(Phase::kTrial, state))
     return measured ? advance_trial(config, archive, state, decision) : void();
   if (is_in(Phase::kShift, state))
-    return measured ? advance_shift(config, archive, state, decision) : void();
+    return measured ? advance_shift(archive, state, decision) : void();
   advance_phase(config, state);
   if (!measured)
     return;
