@@ -214,7 +214,7 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, Curve& state, double& sca
   state.score = divide(loss - state.level, scale);
   const double bounded = clamp(state.score, -kClip, kClip);
   const double residual = scale * bounded;
-  state.outlier_run = 0.0; // of the start-up; watch_progress counts from here on
+  state.outlier_run = 0.0; // of refused losses; measure counts outliers from here on
   int32_t flags = is_spike(state.score, state.spike_threshold) ? kSpike : 0;
   const double tau = variance_factor(gain, bounded, state);
   flags |= diverge_chart(bounded, tau, state);

@@ -17,6 +17,7 @@ constexpr double kQuietCusum = 4.0;
 constexpr double kQuietRise = 3.0; // standard errors
 constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
 constexpr int32_t kCollapse = kLost | kAbove;
+constexpr int32_t kFastAlarms = kCollapse | kDiverge;
 
 /// The hard alarms in `flags`, without those of the slow charts while an earlier alarm still echoes
 /// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A loss
@@ -102,20 +103,23 @@ ADAPTLR_HOST_DEVICE inline bool is_early(const Config& config, const State& stat
 }
 
 /// Whether a collapse is answered from the start, though there is a good snapshot: the way there
-/// was a range test. A snapshot from a decade of lr below has nothing to do with it.
+/// was a range test. A snapshot from a decade of lr below has nothing to do with it, and after a
+/// change of the data the charts do not know that way.
 ADAPTLR_HOST_DEVICE inline bool calls_for_start(const Config& config, const Archive& archive,
                                                 const State& state) {
-  return is_early(config, state) && was_range_test(state.fine) &&
+  return is_early(config, state) && was_range_test(state.fine) && !is_in(Phase::kShift, state) &&
          state.lr <= kFarAbove * archive.of(state.good_slot).lr;
 }
 
-/// A snapshot that has been put back and fails again was not good. One that still ages will do
-/// where a fast chart speaks: that alarm has begun since, and a probe will tell.
+/// A snapshot that has been put back and fails again was not good. In place of a good one that
+/// still ages will do, where a fast chart speaks: what it has seen has begun since, and a probe
+/// will tell.
 ADAPTLR_HOST_DEVICE inline void choose_snapshot(int32_t alarms, const Archive& archive,
                                                 State& state) {
   const bool settling = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
-  const bool fast = (alarms & (kDiverge | kCollapse)) != 0;
-  if (state.pending_slot != kNoSlot && fast && state.step - state.pending_step >= kSettledSamples)
+  const bool newer = state.pending_slot != kNoSlot && (alarms & kFastAlarms) != 0 &&
+                     state.step - state.pending_step >= kSettledSamples;
+  if (state.good_slot != kNoSlot && newer)
     state.good_slot = state.pending_slot;
   else if (settling && state.good_slot != kNoSlot &&
            archive.of(state.good_slot).step < state.phase_step)
@@ -150,7 +154,7 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
   if (is_ramp(state))
     answer_on_ramp(config, archive, state, decision);
   else if (state.good_slot != kNoSlot)
-    begin_probe(alarms & kCollapse && calls_for_start(config, archive, state), archive, state,
+    begin_probe(alarms & kFastAlarms && calls_for_start(config, archive, state), archive, state,
                 decision);
   else if (is_early(config, state))
     start_over(config, state, decision);
@@ -201,7 +205,7 @@ ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
 }
 
 /// One step of a probe. Every loss votes, from -1/2 for the snapshot's own level to 1/2 for the one
-/// that gave the alarm.
+/// that gave the alarm, and none for more than that: a wild loss is one vote.
 ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
                                               const Archive& archive, State& state,
                                               Decision& decision) {
