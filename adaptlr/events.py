@@ -171,6 +171,19 @@ def _restart(row: Row, factor: float) -> str:
     )
 
 
+def _probe(row: Row, _: float) -> str:
+    alarm = Flag(int(row["flags"])) & (ALARMS | Flag.NONFINITE)
+    asked_again = Phase(int(row["previous_phase"])) is Phase.SHIFT and not alarm
+    what = "the data may be as it was before it changed" if asked_again else _seen(row)
+    return f"{what}; {_restored(row)} to see, without an update, whether the loss is lower there"
+
+
+def _run(row: Row, _: float) -> str:
+    if Phase(int(row["previous_phase"])) is Phase.SHIFT:
+        return "the loss is down again after the change of the data"
+    return f"at {float(row['target_factor']):.3g} of the schedule, and left there"
+
+
 def _shift(row: Row, _: float) -> str:
     broken = Flag(int(row["flags"])) & Flag.NONFINITE
     what = (
@@ -178,7 +191,10 @@ def _shift(row: Row, _: float) -> str:
         if broken
         else "the loss is as high with weights that are known to be good, so the data has changed"
     )
-    return f"{what}; the state set aside is back, and nothing is cut"
+    kept = Phase(int(row["phase"])) is Phase.SHIFT
+    return f"{what}; the state set aside is back, and nothing is cut" + (
+        ", but that snapshot is kept for a while" if kept else ""
+    )
 
 
 def _far_lr(row: Row, _: float) -> str:
@@ -262,9 +278,7 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
         + ("the state set aside is back, " if restored_slot(row) else "")
         + f"learning rate at {float(row['target_factor']):.3g} of its schedule as before"
     ),
-    "probe": lambda row, _: (
-        f"{_seen(row)}; {_restored(row)} to see, without an update, whether the loss is lower there"
-    ),
+    "probe": _probe,
     "back": lambda row, _: (
         "the loss is back with the snapshot's weights; the run goes on from them, at "
         f"{float(row['target_factor']):.3g} of its schedule as before"
@@ -276,7 +290,7 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
     "failed": _failed,
     "hold": lambda row, _: f"re-warmed to {float(row['factor']):.3g} of the schedule; holding",
     "regrow": lambda row, _: "the loss has been quiet; the learning rate grows again",
-    "run": lambda row, _: f"at {float(row['target_factor']):.3g} of the schedule, and left there",
+    "run": _run,
     "ended": lambda row, _: "total_steps are over; the last non-zero learning rate is kept",
 }
 
