@@ -24,7 +24,7 @@ class Event:
         step: The optimizer step, from 0, at which it happened.
         kind: ``"skip"``, ``"overflow"``, ``"alarm"`` (noticed, not acted on), ``"cut"``,
             ``"restart"``, ``"rescue"``, ``"trial"``, ``"kept"``, ``"test"``, ``"undone"``,
-            ``"probe"``, ``"shift"``, ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``,
+            ``"probe"``, ``"back"``, ``"shift"``, ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``,
             ``"far_lr"``, ``"search"``, ``"found"``, ``"ended"``, ``"resume"``, ``"extend"`` or
             ``"set_peak"``.
         reason: One sentence with the numbers.
@@ -71,6 +71,7 @@ _ENTERED = {
     Phase.TRIAL: "trial",
     Phase.TEST: "test",
     Phase.PROBE: "probe",
+    Phase.SHIFT: "shift",
     Phase.HOLD: "hold",
     Phase.REGROW: "regrow",
     Phase.FAILED: "failed",
@@ -92,6 +93,8 @@ def _kind(row: Row, factor: float) -> str:
         return "cut"
     if phase is Phase.RUN and previous is Phase.TRIAL:
         return "kept" if row["target_factor"] <= factor else "undone"
+    if previous is Phase.PROBE and phase is not previous and not restored:
+        return "back"
     if phase is Phase.RUN and previous in _LEFT:
         return _LEFT[previous]
     return _kind_within_a_phase(row, flags, phase != previous)
@@ -169,6 +172,19 @@ def _restart(row: Row, factor: float) -> str:
     )
 
 
+def _probe(row: Row, _: float) -> str:
+    alarm = Flag(int(row["flags"])) & (ALARMS | Flag.NONFINITE)
+    asked_again = Phase(int(row["previous_phase"])) is Phase.SHIFT and not alarm
+    what = "the data may be as it was before it changed" if asked_again else _seen(row)
+    return f"{what}; {_restored(row)} to see, without an update, whether the loss is lower there"
+
+
+def _run(row: Row, _: float) -> str:
+    if Phase(int(row["previous_phase"])) is Phase.SHIFT:
+        return "the loss is down again after the change of the data"
+    return f"at {float(row['target_factor']):.3g} of the schedule, and left there"
+
+
 def _shift(row: Row, _: float) -> str:
     broken = Flag(int(row["flags"])) & Flag.NONFINITE
     what = (
@@ -176,7 +192,10 @@ def _shift(row: Row, _: float) -> str:
         if broken
         else "the loss is as high with weights that are known to be good, so the data has changed"
     )
-    return f"{what}; the state set aside is back, and nothing is cut"
+    kept = Phase(int(row["phase"])) is Phase.SHIFT
+    return f"{what}; the state set aside is back, and nothing is cut" + (
+        ", but that snapshot is kept for a while" if kept else ""
+    )
 
 
 def _far_lr(row: Row, _: float) -> str:
@@ -260,8 +279,10 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
         + ("the state set aside is back, " if restored_slot(row) else "")
         + f"learning rate at {float(row['target_factor']):.3g} of its schedule as before"
     ),
-    "probe": lambda row, _: (
-        f"{_seen(row)}; {_restored(row)} to see, without an update, whether the loss is lower there"
+    "probe": _probe,
+    "back": lambda row, _: (
+        "the loss is back with the snapshot's weights; the run goes on from them, at "
+        f"{float(row['target_factor']):.3g} of its schedule as before"
     ),
     "shift": _shift,
     "far_lr": _far_lr,
@@ -270,7 +291,7 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
     "failed": _failed,
     "hold": lambda row, _: f"re-warmed to {float(row['factor']):.3g} of the schedule; holding",
     "regrow": lambda row, _: "the loss has been quiet; the learning rate grows again",
-    "run": lambda row, _: f"at {float(row['target_factor']):.3g} of the schedule, and left there",
+    "run": _run,
     "ended": lambda row, _: "total_steps are over; the last non-zero learning rate is kept",
 }
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptlr.reference_detector import (
+    START_UP,
     Measurement,
     detect,
     detect_norm,
@@ -29,7 +30,7 @@ from adaptlr.reference_detector import (
     rebase,
 )
 from adaptlr.reference_guard import guard, multiplier, rewarmed_factor
-from adaptlr.reference_progress import Reading, watch_progress
+from adaptlr.reference_progress import OUTLIER_RUN, Reading, watch_progress
 from adaptlr.reference_recovery import Orders, follow_peak, is_ramp
 from adaptlr.reference_schedule import last_multiplier, schedule
 from adaptlr.reference_search import begin_run
@@ -186,6 +187,7 @@ def measure(config: Config, signals: Signals, state: State) -> tuple[Measurement
     # Behind an overflow an infinite norm says nothing new: the scaler will lower its scale.
     elif not (signals.grad_norm < 0 or is_finite(signals.grad_norm)):
         flags |= Flag.NONFINITE
+    outliers = state.outlier_run
     measurement = detect(signals.loss, state)
     flags |= measurement.flags
     if signals.grad_norm >= 0 and not flags & (Flag.NONFINITE | Flag.OVERFLOW):
@@ -193,6 +195,9 @@ def measure(config: Config, signals: Signals, state: State) -> tuple[Measurement
     reading = Reading()
     if config.guard_mode != GuardMode.OFF and is_finite(signals.loss):
         reading = watch_progress(config, signals.loss, log_lr_behind(config, state), state)
+    if reading.outlier and state.samples > START_UP:
+        state.outlier_run = outliers + 1
+        flags |= Flag.DIVERGE if state.outlier_run >= OUTLIER_RUN else Flag(0)
     return measurement._replace(flags=flags | reading.flags), reading
 
 

@@ -23,6 +23,7 @@ BETA = (
 OUTLIER = 6.0  # score of an outlier
 SPIKE_SHARE = 1e-3  # of all steps, at most
 LEVEL_LIMIT = 6.5  # standard errors, of DRIFT and WORSE
+RISING = 2.0  # t-statistic of the slope, of DRIFT: a level that falls has not drifted up
 REBASE_SAMPLES = 32
 LEAST_NORM = 1e-30  # stands for a norm of 0
 LEAST_NORM_SCALE = 0.01  # of the log; bfloat16 resolves 0.8 %
@@ -52,6 +53,7 @@ def detect(loss: float, state: State) -> Measurement:
     gain = max(GAIN, 1 / state.samples)
     scale = noise_scale(state)
     state.score = (loss - state.level) / scale
+    state.outlier_run = 0.0  # of refused losses; control_step counts outliers from here on
     score = min(max(state.score, -CLIP), CLIP)
     flags = spike_chart(state)
     update_sign_agreement(score, gain, state)
@@ -161,11 +163,10 @@ def calibrated(threshold: float, is_spike: bool) -> float:
 
 
 def divergence_chart(score: float, state: State) -> Flag:
-    """Sum clipped scores as Page (1954) does, and count outliers in a row (DIVERGE)."""
+    """Sum clipped scores as Page (1954) does (DIVERGE)."""
     increment = score / math.sqrt(BETA * long_run_factor(state)) - 0.5
     state.cusum = max(0.0, state.cusum + increment)
-    state.outlier_run = state.outlier_run + 1 if state.score > OUTLIER else 0.0
-    return Flag.DIVERGE if state.cusum > 16 or state.outlier_run >= 5 else Flag(0)
+    return Flag.DIVERGE if state.cusum > 16 else Flag(0)
 
 
 def level_charts(scale: float, gain: float, state: State) -> Flag:
@@ -182,7 +183,8 @@ def level_charts(scale: float, gain: float, state: State) -> Flag:
     progress = max(state.start_level - state.best_level, 0.0)
     flags = Flag(0)
     if state.samples > 32:
-        if state.rise > LEVEL_LIMIT and state.level - state.best_level > 0.1 * progress:
+        rises = state.rise > LEVEL_LIMIT and state.t_statistic > RISING
+        if rises and state.level - state.best_level > 0.1 * progress:
             flags |= Flag.DRIFT
         if start_rise > LEVEL_LIMIT * start_error:
             flags |= Flag.WORSE

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
-from adaptlr.reference_detector import CLIP, is_finite, rebase
-from adaptlr.reference_progress import Reading, clipped
+from adaptlr.reference_detector import is_finite, rebase
+from adaptlr.reference_progress import Reading
 from adaptlr.reference_recovery import (
     NEVER,
     NOTHING,
+    SETTLED_SAMPLES,
     Orders,
     advance_ramp,
     advance_trial,
@@ -16,6 +18,8 @@ from adaptlr.reference_recovery import (
     begin_probe,
     enter,
     experiment,
+    forget_statistics,
+    go_on_as_before,
     is_ramp,
     least_factor,
     may_experiment,
@@ -44,7 +48,12 @@ COLLAPSE = Flag.LOST | Flag.ABOVE
 OVERFLOW_LIMIT = 33  # in a row; GradScaler halves from 2^16 to 2^-16 in 32
 EARLY = 4.0  # chart_steps after a start, within which it is gone back to
 FORGIVEN = 0.25  # of a restart, by every snapshot that has aged well
-PROBE_STEPS, PROBE_SHIFT = 8, 1.2  # mean score of a probe that tells of other data
+FAST_ALARMS = Flag.DIVERGE | COLLAPSE
+DECADE = 10.0  # of LR, above which a snapshot has nothing to do with a collapse
+PROBE_STEPS = 8
+PROBE_LEAD = 1.5  # votes that end a probe early: three of one mind
+PROBE_NOISES = 3.0  # that the two levels of a probe are apart at least
+FIRST_QUESTION = 16  # steps after a change of the data
 
 
 def guard(
@@ -130,10 +139,7 @@ def answer_alarm(
     can_undo = config.snapshot_slots and state.first_lr
     if config.guard_mode != GuardMode.ACT or not can_undo:
         return answer_in_place(config, signals, alarms, state)
-    settling = state.phase in (Phase.REWARM, Phase.HOLD)
-    if settling and state.good_slot and archive[state.good_slot].step < state.phase_step:
-        state.good_slot = NOTHING  # it was put back, and fails again
-    state.pending_slot = NOTHING
+    choose_snapshot(alarms, state, archive)
     state.restarts += 1
     if state.restarts > config.max_restarts:
         return fail(state, state.aside_slot or state.good_slot or Slot.START)
@@ -142,13 +148,38 @@ def answer_alarm(
     if is_ramp(state):
         return answer_on_ramp(config, state, archive)
     if state.good_slot:
-        collapsed = is_early(config, state) and bool(alarms & COLLAPSE)
-        return begin_probe(collapsed and was_range_test(state.fine), state, archive)
+        collapsed = bool(alarms & FAST_ALARMS) and calls_for_start(config, state, archive)
+        return begin_probe(collapsed, state, archive)
     if is_early(config, state):
         return start_over(config, state)
     if state.level < state.start_level:  # what is at hand is still better than the start
         return answer_in_place(config, signals, alarms, state)
     return start_over(config, state)
+
+
+def choose_snapshot(alarms: Flag, state: State, archive: Archive) -> None:
+    """Take a newer snapshot for the good one if the alarm has begun since it was taken.
+
+    One that was put back before and fails again is dropped.
+    """
+    age = state.step - state.pending_step
+    newer = state.pending_slot and alarms & FAST_ALARMS and age >= SETTLED_SAMPLES
+    if state.good_slot and newer:
+        state.good_slot = state.pending_slot
+    elif state.good_slot and state.phase in (Phase.REWARM, Phase.HOLD):
+        if archive[state.good_slot].step < state.phase_step:
+            state.good_slot = NOTHING
+    state.pending_slot = NOTHING
+
+
+def calls_for_start(config: Config, state: State, archive: Archive) -> bool:
+    """Say whether a collapse is answered from the start: its way was a range test.
+
+    Not where the snapshot is from a decade of LR below, nor after a change of the data, before
+    which the charts know nothing.
+    """
+    near = state.lr <= DECADE * archive[state.good_slot].lr and state.phase != Phase.SHIFT
+    return near and is_early(config, state) and was_range_test(state.fine)
 
 
 def is_early(config: Config, state: State) -> bool:
@@ -167,16 +198,25 @@ def answer_in_place(config: Config, signals: Signals, alarms: Flag, state: State
     return Orders(skip=True, restore=Slot.ZERO_MOMENT) if to_blame else Orders()
 
 
-def cut(config: Config, alarms: Flag, state: State) -> None:
-    """Cut below the factor that failed, the one at the change point (equation 10)."""
+def cut(config: Config, alarms: Flag, state: State, held: float = 0.0) -> None:
+    """Cut below the factor that failed, the one at the change point (equation 10).
+
+    Args:
+        config: The run's settings.
+        alarms: What the cut is an answer to.
+        state: Is changed.
+        held: An LR, as a share of the peak, that is known to hold: not lower than that.
+    """
     again = state.phase in (Phase.REWARM, Phase.HOLD)
     state.streak = state.streak + 1 if again else 0.0
     backoff = config.backoff_factor ** (1 + min(state.streak, 2))
     if alarms == Flag.DRIFT:
         backoff = 0.7
     multiplier = schedule(config, max(state.step + config.rewarm_steps, config.warmup_steps))
-    failed = min(state.cut_factor, state.onset_lr / multiplier) if multiplier else state.cut_factor
-    state.cut_factor = max(least_factor(config, 1e-4), backoff * failed)
+    present = state.cut_factor
+    failed = min(present, state.onset_lr / multiplier) if multiplier else present
+    least = min(present, held / multiplier) if multiplier else present
+    state.cut_factor = max(least_factor(config, 1e-4), least, backoff * failed)
     state.ceiling = max(0.7 * failed, state.cut_factor)
     enter(Phase.REWARM, state.step + 1, state)
     state.cuts += 1
@@ -206,6 +246,8 @@ def go_on(
         return advance_ramp(config, reading, state, archive) if measured else Orders()
     if state.phase == Phase.TRIAL:
         return advance_trial(config, state, archive) if measured else Orders()
+    if state.phase == Phase.SHIFT:
+        return advance_shift(state, archive) if measured else Orders()
     if config.guard_mode == GuardMode.ACT:
         advance_phase(config, state)
     if measured and may_experiment(config, flags, state):
@@ -216,30 +258,66 @@ def go_on(
 
 
 def advance_probe(config: Config, signals: Signals, state: State, archive: Archive) -> Orders:
-    """Decide after eight losses: other data is accepted, anything else was the LR's doing."""
-    state.probe_sum += clipped(state.score, CLIP)
-    if steps_of_phase(state) < PROBE_STEPS:
+    """Let a loss vote: for the snapshot's level (weights to blame) or that of the alarm (data)."""
+    usual, failed = archive[state.good_slot].fine, archive[state.aside_slot].fine
+    gap = max(failed.fast_level - usual.fast_level, least_gap(usual))
+    share = (signals.loss - usual.fast_level) / gap
+    state.probe_sum += min(max(share, 0.0), 1.0) - 0.5
+    if steps_of_phase(state) < PROBE_STEPS and abs(state.probe_sum) < PROBE_LEAD:
         return Orders(skip=True)
-    if state.probe_sum > PROBE_SHIFT * PROBE_STEPS:
-        return accept_shift(signals, state, archive)
+    if state.probe_sum > 0:
+        return accept_shift(config, state, archive)
+    return go_on_from_snapshot(config, signals, state, archive)
+
+
+def least_gap(usual: Progress) -> float:
+    """Return how far apart the two levels are at least between which a probe decides."""
+    return PROBE_NOISES * usual.noise * math.sqrt(usual.variance_factor)
+
+
+def accept_shift(config: Config, state: State, archive: Archive) -> Orders:
+    """Go on with the weights set aside: nothing had failed.
+
+    All statistics begin anew. The snapshot from before is kept until the shift has lasted.
+    """
+    aside = archive[state.aside_slot]
+    since = aside.phase_step if aside.phase == Phase.SHIFT else state.step + 1
+    orders = return_to_aside(state, archive)
+    forget_statistics(state)
+    state.soft_step = NEVER
+    state.restarts -= 1
+    if state.step - since < config.rewarm_steps + config.hold_steps:
+        enter(Phase.SHIFT, since, state)
+    return orders
+
+
+def go_on_from_snapshot(config: Config, signals: Signals, state: State, archive: Archive) -> Orders:
+    """Keep the snapshot's weights; blame the LR unless it had held, and this is the first time."""
     slot, state.aside_slot = state.aside_slot, NOTHING
+    failed, good = archive[slot], archive[state.good_slot]
     if state.collapsed:
-        take_statistics(archive[slot], state)  # what the way there has told
+        take_statistics(failed, state)  # what the way there has told
         return start_over(config, state)
-    cut(config, Flag(0), state)
+    has_held = failed.lr <= good.lr
+    if failed.phase == Phase.SHIFT or (has_held and state.restarts <= 1):
+        go_on_as_before(state.step + 1, state)
+        return Orders(skip=True)
+    cut(config, Flag(0), state, 0.0 if has_held else good.lr / config.peak)
     expect_change(signals.loss, False, state)
     return Orders(skip=True)
 
 
-def accept_shift(signals: Signals, state: State, archive: Archive) -> Orders:
-    """Go on with the weights set aside: nothing had failed, and they count as good from now on."""
-    slot = state.aside_slot
-    orders = return_to_aside(state, archive)
-    expect_change(signals.loss, True, state)
-    state.restarts -= 1
-    state.good_slot = slot
-    archive[slot] = copy.deepcopy(state)
-    return orders
+def advance_shift(state: State, archive: Archive) -> Orders:
+    """After 16, 32, 64 ... steps ask whether the snapshot from before is the better one again."""
+    steps = int(steps_of_phase(state))
+    if steps < FIRST_QUESTION or steps.bit_count() > 1:
+        return Orders()
+    usual = archive[state.good_slot].fine
+    if state.fine.fast_level - usual.fast_level < least_gap(usual):
+        go_on_as_before(state.step + 1, state)  # the loss is down by itself
+        return Orders()
+    state.restarts += 1
+    return begin_probe(False, state, archive)
 
 
 def steps_of_phase(state: State) -> float:

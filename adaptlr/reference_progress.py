@@ -23,6 +23,7 @@ FAST_LOST, SLOW_LOST, ABOVE = 10.0, 8.0, 8.0  # standard errors
 LOST_SHARE = 0.3  # of the progress made
 NO_PROGRESS, STALL = 1.0, 2.0  # standard errors
 POWER = 0.6  # of the first loss: progress that would show in three standard errors
+OUTLIER_NOISES, OUTLIER_RUN = 6.0, 5  # so many losses in a row so far up are a jump
 SOFT = Flag.NO_PROGRESS | Flag.STALL
 
 
@@ -35,6 +36,7 @@ class Reading(NamedTuple):
     rise: float = 0.0  # the largest of the hard charts
     level: float = 0.0  # loss
     noise: float = 0.0  # loss
+    outlier: bool = False  # the loss lies far above the fast level
 
 
 class Window(NamedTuple):
@@ -65,7 +67,9 @@ def watch_progress(config: Config, loss: float, log_lr: float, state: State) -> 
     coarse = track(mean, log_lr, config, window, state.coarse, state.coarse_differences)
     if hard:
         return fine._replace(flags=hard, gain=coarse.gain)
-    return coarse._replace(flags=coarse.flags & SOFT, fast_rise=fine.fast_rise)
+    return coarse._replace(
+        flags=coarse.flags & SOFT, fast_rise=fine.fast_rise, outlier=fine.outlier
+    )
 
 
 def coarse_progress(config: Config, state: State) -> Progress:
@@ -108,6 +112,7 @@ def track(
         max(rise(progress), slow_rise(progress), height(config, progress)),
         progress.fast_level,
         progress.noise,
+        is_outlier(sample, progress),
     )
 
 
@@ -268,6 +273,12 @@ def height(config: Config, progress: Progress) -> float:
     variance = variance_of(FAST_GAIN, progress)
     error = hard_scale(progress) * math.sqrt(1 + progress.variance_factor * variance)
     return config.sensitivity * (progress.fast_level - progress.first_loss) / error
+
+
+def is_outlier(sample: float, progress: Progress) -> bool:
+    """Say whether a loss lies far above the fast level, once the noise is known well."""
+    limit = OUTLIER_NOISES * hard_scale(progress) * math.sqrt(progress.variance_factor)
+    return progress.count >= DIFFERENCES and sample - progress.fast_level > limit
 
 
 def soft_charts(window: Window, progress: Progress) -> Flag:

@@ -120,9 +120,14 @@ def lowest_likely(progress: Progress, variance_factor: float) -> float:
 # From the start.
 
 
+def forget_statistics(state: State) -> None:
+    """Begin to measure anew."""
+    take_statistics(Statistics(), state)
+
+
 def return_to_start(phase: Phase, state: State) -> Orders:
     """Begin a phase from the first snapshot with the next step; other snapshots are void."""
-    take_statistics(Statistics(), state)
+    forget_statistics(state)
     state.origin_step = state.step + 1
     state.restarted, state.first_lr = 1.0, 0.0
     state.pending_slot = state.good_slot = state.aside_slot = NOTHING

@@ -26,7 +26,7 @@ class GuardMode(enum.IntEnum):
 class Phase(enum.IntEnum):
     """Where the guard is between an alarm or an experiment and its end."""
 
-    RUN, REWARM, HOLD, REGROW, FAILED, TRIAL, RESCUE, TEST, PROBE, SEARCH = range(10)
+    RUN, REWARM, HOLD, REGROW, FAILED, TRIAL, RESCUE, TEST, PROBE, SEARCH, SHIFT = range(11)
 
 
 class Slot(enum.IntEnum):

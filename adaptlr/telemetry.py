@@ -38,6 +38,7 @@ class Phase(IntEnum):
     TEST = 7
     PROBE = 8
     SEARCH = 9
+    SHIFT = 10
 
 
 class Action(IntEnum):

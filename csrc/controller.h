@@ -112,6 +112,10 @@ ADAPTLR_HOST_DEVICE inline Reading measure(const Config& config, const Signals& 
   if (config.guard_mode != GuardMode::kOff && is_finite(signals.loss))
     reading =
         watch_progress(config, signals.loss, log_lr_behind(config, state), differences, state);
+  if (reading.outlier && curve.samples > kStartupSamples) {
+    curve.outlier_run = state.outlier_run + 1.0;
+    decision.flags |= curve.outlier_run >= kOutlierRun ? kDiverge : 0;
+  }
   static_cast<Curve&>(state) = curve;
   decision.flags |= reading.flags;
   return reading;

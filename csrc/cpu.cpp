@@ -103,11 +103,13 @@ State resumed(const Config& config, State state) {
   } else if (is_ramp(state))
     settle(config, Progress{state.fine}, state, ignored);
   else if (is_in(Phase::kProbe, state))
-    cut(config, false, state);
+    cut(config, false, 0.0, state);
   else if (is_in(Phase::kTrial, state))
     state.cut_factor = state.trial_factor;
   if (is_in(Phase::kTrial, state))
     enter(Phase::kRun, state.step, state);
+  if (is_in(Phase::kShift, state)) // the snapshot from before is not at hand
+    go_on_as_before(state.step, state);
   if (state.step > 0.0)
     state.origin_step = state.step;
   state.good_slot = state.pending_slot = state.aside_slot = kNoSlot;

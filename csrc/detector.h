@@ -35,7 +35,6 @@ constexpr double kMaxCorrelation = 0.9;
 constexpr double kCusumSlack = 0.5; // half the shift to be found, in scales
 constexpr double kCusumLimit = 16.0;
 constexpr double kOutlierScore = 6.0;
-constexpr double kOutlierRun = 5.0;
 
 // SPIKE.
 constexpr double kSpikeRate = 1e-3; // at most, in the long run
@@ -47,6 +46,7 @@ constexpr double kSpikeDecay = 1.0 - kSpikeGain * kSpikeRate;
 constexpr double kDriftSamples = 32.0;
 constexpr double kDriftErrors = 6.5; // standard errors
 constexpr double kDriftShare = 0.1;  // of the progress made
+constexpr double kDriftTrend = 2.0;  // t-statistic of the slope: the level still rises
 constexpr double kBestLeak = 1.0 / 2048.0;
 
 // The gradient norm. A norm of 0 has no logarithm.
@@ -161,12 +161,11 @@ ADAPTLR_HOST_DEVICE inline double variance_factor(double gain, double bounded, C
   return divide(1.0 + correlation, 1.0 - correlation);
 }
 
-/// The loss runs away: a cumulative sum of bounded scores, or a run of outliers.
+/// The loss runs away: a cumulative sum of bounded scores.
 ADAPTLR_HOST_DEVICE inline int32_t diverge_chart(double bounded, double tau, Curve& state) {
   state.cusum =
       larger(0.0, state.cusum + bounded * inverse_square_root(kClipVariance * tau) - kCusumSlack);
-  state.outlier_run = state.score > kOutlierScore ? state.outlier_run + 1.0 : 0.0;
-  return state.cusum > kCusumLimit || state.outlier_run >= kOutlierRun ? kDiverge : 0;
+  return state.cusum > kCusumLimit ? kDiverge : 0;
 }
 
 ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const Curve& state) {
@@ -176,8 +175,8 @@ ADAPTLR_HOST_DEVICE inline double slope_t_statistic(double tau, const Curve& sta
   return state.slope * inverse_square_root(larger(variance, 1e-38));
 }
 
-/// The level has risen above its best, or above its start. Both sides of the comparison are
-/// estimates.
+/// The level has risen above its best and still rises, or is above its start. Both sides of the
+/// comparison are estimates. A best that lies far back says nothing of a level that falls.
 ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, Curve& state) {
   const double effective = smaller(state.samples, 2.0 / kGain - 1.0); // Kish
   const bool best = state.level < state.best_level;
@@ -188,7 +187,7 @@ ADAPTLR_HOST_DEVICE inline int32_t level_charts(double scale, double tau, Curve&
   const double per_sample = divide(1.0, effective);
   state.rise = divide(risen, scale) *
                inverse_square_root(tau * (per_sample + divide(1.0, state.best_samples)));
-  const bool drift = state.rise > kDriftErrors &&
+  const bool drift = state.rise > kDriftErrors && state.t_statistic > kDriftTrend &&
                      risen > kDriftShare * larger(state.start_level - state.best_level, 0.0);
   const double start_error = scale * square_root(tau * (per_sample + 1.0 / kStartupSamples));
   const bool worse =
@@ -215,6 +214,7 @@ ADAPTLR_HOST_DEVICE inline int32_t detect(double loss, Curve& state, double& sca
   state.score = divide(loss - state.level, scale);
   const double bounded = clamp(state.score, -kClip, kClip);
   const double residual = scale * bounded;
+  state.outlier_run = 0.0; // of refused losses; measure counts outliers from here on
   int32_t flags = is_spike(state.score, state.spike_threshold) ? kSpike : 0;
   const double tau = variance_factor(gain, bounded, state);
   flags |= diverge_chart(bounded, tau, state);

@@ -17,6 +17,7 @@ constexpr double kQuietCusum = 4.0;
 constexpr double kQuietRise = 3.0; // standard errors
 constexpr int32_t kLongAlarms = kDiverge | kDrift | kWorse;
 constexpr int32_t kCollapse = kLost | kAbove;
+constexpr int32_t kFastAlarms = kCollapse | kDiverge;
 
 /// The hard alarms in `flags`, without those of the slow charts while an earlier alarm still echoes
 /// in them. A ramp is judged by the collapse charts alone: the others know no rising lr. A loss
@@ -41,16 +42,22 @@ ADAPTLR_HOST_DEVICE inline void count_skips(const Config& config, int32_t flags,
   state.consecutive_overflows = broken ? state.consecutive_overflows + overflow : 0.0;
 }
 
+/// The factor that makes `lr`, a share of the peak, of the schedule once re-warmed.
+ADAPTLR_HOST_DEVICE inline double factor_of(const Config& config, double lr, const State& state) {
+  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
+  const double multiplier = schedule(config, resumes);
+  return multiplier > 0.0 ? divide(lr, multiplier) : state.cut_factor;
+}
+
 /// The factor to blame: the one at the change point, where the cusum was last 0, not the one at the
 /// alarm (equation 10).
 ADAPTLR_HOST_DEVICE inline double failed_factor(const Config& config, const State& state) {
-  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
-  const double multiplier = schedule(config, resumes);
-  return multiplier > 0.0 ? smaller(state.cut_factor, divide(state.onset_lr, multiplier))
-                          : state.cut_factor;
+  return smaller(state.cut_factor, factor_of(config, state.onset_lr, state));
 }
 
-ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, State& state) {
+/// `held_lr`: a share of the peak that need not be gone below, for it is known to hold; 0: none.
+ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, double held_lr,
+                                    State& state) {
   const bool again = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
   state.streak = again ? state.streak + 1.0 : 0.0;
   double backoff = config.backoff_factor;
@@ -61,7 +68,9 @@ ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, State
   if (drift_only)
     backoff = kDriftBackoff;
   const double failed = failed_factor(config, state);
-  state.cut_factor = larger(least_factor(config, kMinFactor), backoff * failed);
+  const double held = smaller(factor_of(config, held_lr, state), state.cut_factor);
+  const double least = larger(least_factor(config, kMinFactor), held);
+  state.cut_factor = larger(least, backoff * failed);
   state.ceiling = larger(kRegrowLimit * failed, state.cut_factor);
   state.cuts += 1.0;
   enter(Phase::kRewarm, state.step + 1.0, state);
@@ -80,7 +89,7 @@ ADAPTLR_HOST_DEVICE inline void answer_in_place(const Config& config, const Sign
                                                 int32_t alarms, State& state, Decision& decision) {
   const bool to_blame = state.onset_lr > 0.0 && config.guard_mode == GuardMode::kAct;
   if (to_blame) {
-    cut(config, alarms == kDrift, state);
+    cut(config, alarms == kDrift, 0.0, state);
     order(decision.save, kZeroMoment, decision); // what led here lives on in it
   }
   expect_change(signals.loss, !(alarms & kDiverge) || !to_blame, state);
@@ -93,10 +102,27 @@ ADAPTLR_HOST_DEVICE inline bool is_early(const Config& config, const State& stat
   return taken <= kEarlySteps * config.chart_steps && (config.total_steps == 0.0 || taken <= left);
 }
 
-/// A snapshot that has been put back and fails again was not good.
-ADAPTLR_HOST_DEVICE inline void drop_failed_snapshots(const Archive& archive, State& state) {
+/// Whether a collapse is answered from the start, though there is a good snapshot: the way there
+/// was a range test. A snapshot from a decade of lr below has nothing to do with it, and after a
+/// change of the data the charts do not know that way.
+ADAPTLR_HOST_DEVICE inline bool calls_for_start(const Config& config, const Archive& archive,
+                                                const State& state) {
+  return is_early(config, state) && was_range_test(state.fine) && !is_in(Phase::kShift, state) &&
+         state.lr <= kFarAbove * archive.of(state.good_slot).lr;
+}
+
+/// A snapshot that has been put back and fails again was not good. In place of a good one that
+/// still ages will do, where a fast chart speaks: what it has seen has begun since, and a probe
+/// will tell.
+ADAPTLR_HOST_DEVICE inline void choose_snapshot(int32_t alarms, const Archive& archive,
+                                                State& state) {
   const bool settling = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
-  if (settling && state.good_slot != kNoSlot && archive.of(state.good_slot).step < state.phase_step)
+  const bool newer = state.pending_slot != kNoSlot && (alarms & kFastAlarms) != 0 &&
+                     state.step - state.pending_step >= kSettledSamples;
+  if (state.good_slot != kNoSlot && newer)
+    state.good_slot = state.pending_slot;
+  else if (settling && state.good_slot != kNoSlot &&
+           archive.of(state.good_slot).step < state.phase_step)
     state.good_slot = kNoSlot;
   state.pending_slot = kNoSlot;
 }
@@ -119,7 +145,7 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
   state.last_alarm = state.step;
   if (config.guard_mode != GuardMode::kAct || !has_snapshots(config) || state.first_lr == 0.0)
     return answer_in_place(config, signals, alarms, state, decision);
-  drop_failed_snapshots(archive, state);
+  choose_snapshot(alarms, archive, state);
   state.restarts += 1.0;
   if (state.restarts > config.max_restarts)
     return fail(true, state, decision);
@@ -128,8 +154,8 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
   if (is_ramp(state))
     answer_on_ramp(config, archive, state, decision);
   else if (state.good_slot != kNoSlot)
-    begin_probe(is_early(config, state) && alarms & kCollapse && was_range_test(state.fine),
-                archive, state, decision);
+    begin_probe(alarms & kFastAlarms && calls_for_start(config, archive, state), archive, state,
+                decision);
   else if (is_early(config, state))
     start_over(config, state, decision);
   else if (state.level < state.start_level) // what is at hand is still better than the start
@@ -138,38 +164,77 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
     start_over(config, state, decision);
 }
 
-/// The data has changed: the weights that were set aside are good after all, and what older
-/// snapshots say of the loss holds no more.
-ADAPTLR_HOST_DEVICE inline void accept_shift(const Signals& signals, const Archive& archive,
+/// The data has changed: the weights that were set aside go on, with all statistics begun anew. The
+/// snapshot from before is kept for a while, for the change may pass.
+ADAPTLR_HOST_DEVICE inline void accept_shift(const Config& config, const Archive& archive,
                                              State& state, Decision& decision) {
-  const double slot = state.aside_slot;
+  const State& aside = archive.of(state.aside_slot);
+  const double since = is_in(Phase::kShift, aside) ? aside.phase_step : state.step + 1.0;
   return_to_aside(archive, state, decision);
-  expect_change(signals.loss, true, state);
+  forget_statistics(state);
+  state.soft_step = kNever;
   state.restarts -= 1.0; // nothing had failed
-  state.good_slot = slot;
-  archive.of(slot) = state;
+  if (state.step - since < config.rewarm_steps + config.hold_steps)
+    enter(Phase::kShift, since, state);
 }
 
-/// One step of a probe. A lasting change of the data is accepted, with the weights as they were.
-ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
-                                              const Archive& archive, State& state,
-                                              Decision& decision) {
-  decision.action = Action::kSkip;
-  state.probe_sum += clamp(state.score, -kClip, kClip);
-  if (state.step - state.phase_step + 1.0 < kProbeSteps)
-    return;
-  if (state.probe_sum > kProbeShift * kProbeSteps) {
-    accept_shift(signals, archive, state, decision);
-    return;
-  }
+/// The loss is back with the snapshot's weights. An lr that has held until then is given the
+/// benefit of the doubt, once; if it fails again, it is to blame.
+ADAPTLR_HOST_DEVICE inline void go_on_from_snapshot(const Config& config, double loss,
+                                                    const Archive& archive, State& state,
+                                                    Decision& decision) {
+  const State& aside = archive.of(state.aside_slot);
+  const double held_lr = archive.of(state.good_slot).lr;
+  const bool held = aside.lr <= held_lr;
+  const bool passed = is_in(Phase::kShift, aside);
   const double slot = state.aside_slot;
   state.aside_slot = kNoSlot;
   if (state.collapsed != 0.0) {
     static_cast<Statistics&>(state) = archive.of(slot); // what the way there has told
     return start_over(config, state, decision);
   }
-  cut(config, false, state);
-  expect_change(signals.loss, false, state);
+  if (passed || (held && state.restarts <= 1.0))
+    return go_on_as_before(state.step + 1.0, state);
+  cut(config, false, held ? 0.0 : divide(held_lr, config.peak), state);
+  expect_change(loss, false, state);
+}
+
+/// That the two levels between which a probe decides are apart at least.
+ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
+  return kProbeNoises * usual.noise * square_root(usual.variance_factor);
+}
+
+/// One step of a probe. Every loss votes, from -1/2 for the snapshot's own level to 1/2 for the one
+/// that gave the alarm, and none for more than that: a wild loss is one vote.
+ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
+                                              const Archive& archive, State& state,
+                                              Decision& decision) {
+  decision.action = Action::kSkip;
+  const Progress& usual = archive.of(state.good_slot).fine;
+  const double gap =
+      larger(archive.of(state.aside_slot).fine.fast_level - usual.fast_level, least_gap(usual));
+  state.probe_sum += clamp(divide(signals.loss - usual.fast_level, gap), 0.0, 1.0) - 0.5;
+  const bool sure = fabs(state.probe_sum) >= kProbeSure;
+  if (!sure && state.step - state.phase_step + 1.0 < kProbeSteps)
+    return;
+  if (state.probe_sum > 0.0)
+    accept_shift(config, archive, state, decision);
+  else
+    go_on_from_snapshot(config, signals.loss, archive, state, decision);
+}
+
+/// One step after a change of the data. Is the snapshot from before the better one again? Not where
+/// the loss is down by itself.
+ADAPTLR_HOST_DEVICE inline void advance_shift(const Archive& archive, State& state,
+                                              Decision& decision) {
+  const int64_t taken = static_cast<int64_t>(state.step - state.phase_step) + 1;
+  if (taken < kShiftSteps || (taken & (taken - 1)) != 0) // a power of two
+    return;
+  const Progress& usual = archive.of(state.good_slot).fine;
+  if (state.fine.fast_level - usual.fast_level < least_gap(usual))
+    return go_on_as_before(state.step + 1.0, state);
+  state.restarts += 1.0;
+  begin_probe(false, archive, state, decision);
 }
 
 /// REWARM, HOLD, REGROW, RUN: each phase ends when its steps are over.
@@ -235,6 +300,8 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
     return measured ? advance_ramp(config, archive, reading, state, decision) : void();
   if (is_in(Phase::kTrial, state))
     return measured ? advance_trial(config, archive, state, decision) : void();
+  if (is_in(Phase::kShift, state))
+    return measured ? advance_shift(archive, state, decision) : void();
   advance_phase(config, state);
   if (!measured)
     return;

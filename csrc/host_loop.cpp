@@ -12,7 +12,7 @@ struct HostLoop {
   double total;     // sum of the waiting losses
   double grad_norm; // of the coming step; negative: not given
   long long order;  // for snapshots, after the update: save | restore << 4; -1: carried out
-  char seen; // a loss that lies on the CPU: where the others lie is not asked again
+  char seen;        // a loss that lies on the CPU: where the others lie is not asked again
   Waiting waiting;
 };
 

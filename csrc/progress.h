@@ -39,6 +39,9 @@ constexpr double kAboveErrors = 8.0;
 constexpr double kNoProgressErrors = 1.0;
 constexpr double kStallErrors = 2.0;
 constexpr double kPower = 0.6; // of the first loss: progress that must show if there was any
+// A run of outliers is a jump, which no single bad batch is.
+constexpr double kOutlierNoises = 6.0;
+constexpr double kOutlierRun = 5.0;
 // Long runs take more chances: thresholds rise by a fifth with every doubling.
 constexpr double kLateSamples = 128.0;
 constexpr double kLateRise = 0.2 / 0.69314718055994530942;
@@ -66,6 +69,7 @@ struct Reading {
   double rise;      // the largest behind `flags`
   double level;     // loss
   double noise;     // loss
+  bool outlier;     // the loss lies far above the fast level
 };
 
 ADAPTLR_HOST_DEVICE inline double level_gain(double gain, double n) {
@@ -141,9 +145,9 @@ ADAPTLR_HOST_DEVICE inline void track_lowest(double fast_variance, double slow_v
 
 /// LOST and ABOVE. A collapse inflates the noise, so that scores in units of the present noise stay
 /// small: these are in units of the geometric mean of it and the cleanest.
-ADAPTLR_HOST_DEVICE inline int32_t hard_charts(double fast_variance, double slow_variance,
-                                               double sensitivity, const Progress& p,
-                                               Reading& reading) {
+ADAPTLR_HOST_DEVICE inline int32_t hard_charts(double loss, double fast_variance,
+                                               double slow_variance, double sensitivity,
+                                               const Progress& p, Reading& reading) {
   const double precision = inverse_square_root(p.noise * p.cleanest_noise);
   const double tau = p.variance_factor;
   const double late = larger(0.0, kLateRise * (logarithm(p.count) - kLnLateSamples));
@@ -160,6 +164,9 @@ ADAPTLR_HOST_DEVICE inline int32_t hard_charts(double fast_variance, double slow
   const double above = (p.fast_level - p.first_loss) * precision *
                        inverse_square_root(1.0 + tau * fast_variance) * sensitivity;
   reading.rise = larger(reading.fast_rise, larger(slow_rise, above));
+  const double height = (loss - p.fast_level) * precision;
+  reading.outlier = p.count >= kDifferences && height > 0.0 &&
+                    height * height > kOutlierNoises * kOutlierNoises * tau;
   reading.level = p.fast_level;
   reading.noise = p.noise;
   return (fast_lost || slow_lost ? kLost : 0) |
@@ -201,7 +208,7 @@ ADAPTLR_HOST_DEVICE inline Reading track_progress(double loss, double log_lr,
   const double fast_variance = level_variance(level_gain(kFastGain, p.count));
   const double slow_variance = level_variance(level_gain(kSlowGain, p.count));
   track_lowest(fast_variance, slow_variance, p);
-  reading.flags = hard_charts(fast_variance, slow_variance, sensitivity, p, reading);
+  reading.flags = hard_charts(loss, fast_variance, slow_variance, sensitivity, p, reading);
   reading.flags |= soft_charts(fast_variance, window, p, reading);
   return reading;
 }

@@ -36,7 +36,11 @@ constexpr double kSoftPause = 24.0; // samples after a trial or a test
 constexpr double kNever = 1e18;     // above every level
 
 constexpr double kProbeSteps = 8.0;
-constexpr double kProbeShift = 1.2; // mean score of a probe: 3.4 standard errors
+constexpr double kProbeNoises = 3.0; // that the levels a probe decides between are apart at least
+constexpr double kProbeSure = 1.5;   // votes ahead: three losses that all say the same will do
+// After a change of the data the older snapshot is asked again for the first time, and then each
+// time that the change has lasted twice as long.
+constexpr int64_t kShiftSteps = 16;
 
 /// The states beside the snapshots.
 struct Archive {
@@ -395,8 +399,8 @@ ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& 
     begin_trial(config, state);
 }
 
-/// Puts the newest good snapshot back and looks: if the loss is as high with weights that are known
-/// to be good, the data has changed, and no lr is to blame.
+/// Puts the good snapshot back and looks: if the loss is as high with weights that are known to be
+/// good, the data has changed, and neither weights nor lr are to blame.
 ADAPTLR_HOST_DEVICE inline void begin_probe(bool collapsed, const Archive& archive, State& state,
                                             Decision& decision) {
   const double slot = spare_slot(state), good = state.good_slot;

@@ -61,7 +61,8 @@ enum class Phase : int32_t {
   kRescue, // a ramp from the start up to an lr that is known to be too high
   kTest,   // a ramp from the start up to the lr in use, with the present state set aside
   kProbe,  // the losses of a good snapshot, without an update
-  kSearch  // a ramp that looks for the lr, before the run proper
+  kSearch, // a ramp that looks for the lr, before the run proper
+  kShift   // the data has changed, and it may pass: the snapshot from before is kept
 };
 enum class Action : int32_t { kNone, kSkip };
 
@@ -164,7 +165,7 @@ struct Curve {
   double previous_score;       // the last clipped score less mean_score
   double mean_score;           // moving mean of clipped scores
   double cusum;                // S, one-sided sum of clipped scores
-  double outlier_run;          // scores above 6 in a row; during start-up, losses refused in a row
+  double outlier_run;          // losses 6 noises up in a row; during start-up, refused in a row
   double spike_threshold;      // in units of the scale; >= 6
   double best_level;           // leaky minimum of the level; loss
   double best_samples;         // effective samples behind it
@@ -222,7 +223,7 @@ struct State : Statistics {
   double soft_step;             // the first at which a soft chart may speak again
   double ramp_level;            // three errors above the lowest of a test that only learned; loss
   double ramp_log_lr;           // its ln lr
-  double probe_sum;             // of the probe's clipped scores
+  double probe_sum;             // of the probe's votes: above 0 for other data
   double collapsed;             // 1: progress was lost early in a run, which the probe explains
   double aside_slot;            // where the state lies that was set aside; a Slot
   double good_slot;             // the newest snapshot that has aged well; a Slot

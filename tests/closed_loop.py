@@ -43,6 +43,7 @@ class Model:
     noise: float = 0.05
     turn: int = 700
     shift: Callable[[int], float] = lambda step: 0.0  # of the data: no update can change it
+    kick: int = -1  # the step before which the weights are damaged, whatever the LR
     broken: frozenset[int] = frozenset()  # steps with a NaN
     poisoned: float = math.inf  # lr / peak from which an update makes every later loss a NaN
 
@@ -83,6 +84,8 @@ def drive(model: Model, step_of: Callable[[float], Told], steps: int = STEPS) ->
     weights = Weights()
     snapshots = {Slot.START: copy.copy(weights)}
     for step in range(steps):
+        if step == model.kick:
+            weights.damage = model.most_damage
         told = step_of(model.loss(step, weights, float(draws[step])))
         if not told.skip:
             model.update(step, told.lr / PEAK, weights)
@@ -120,7 +123,7 @@ DEAD = Model("dead", critical=0.02, harm=0.0, speed=0.5)
 MILD = Model("mild", critical=0.3, speed=0.1, harm=0.05, most_damage=0.2)
 SCENARIOS = [
     Scenario(Model("good_lr", speed=0.01), ()),
-    Scenario(DAMAGED, ("RUN>REWARM:LOST", "REWARM>HOLD", "HOLD>REGROW", "REGROW>RUN")),
+    Scenario(DAMAGED, ("RUN>REWARM:DIVERGE", "REWARM>HOLD", "HOLD>REGROW", "REGROW>RUN")),
     # From the very first update on; the best of the ramp is soon behind.
     Scenario(Model("above", critical=0.001, harm=1.0), ("RUN>RESCUE:LOST|ABOVE", "RESCUE>REWARM")),
     # Even the ramp's beginning is too high.
@@ -141,7 +144,7 @@ SCENARIOS = [
     Scenario(Model("flat", height=0.0), ("RUN>TEST", "TEST>RUN")),
     Scenario(
         Model("flat_then_worse", height=0.0, shift=jump(0.12, 240)),
-        ("RUN>TEST", "TEST>RUN", "RUN>PROBE:DIVERGE", "PROBE>RUN"),
+        ("RUN>TEST", "TEST>RUN", "RUN>PROBE:DIVERGE", "PROBE>SHIFT", "SHIFT>PROBE", "PROBE>SHIFT"),
     ),
     Scenario(
         Model("flat_with_nan", height=0.0, broken=steps_from(130, 1)),
@@ -156,24 +159,35 @@ SCENARIOS = [
         dataclasses.replace(MILD, name="trial_with_nan", broken=steps_from(103, 9)),
         ("RUN>TRIAL", "TRIAL>REWARM:NONFINITE"),
     ),
-    # Late: the good snapshot's losses are as ever, so the LR is cut; or they are not.
+    # Late: the snapshot's losses are as ever, twice, so that the LR is cut; or they are not.
     Scenario(
-        Model("late", later_critical=0.05), ("RUN>PROBE:DIVERGE", "PROBE>REWARM", "REWARM>HOLD")
+        Model("late", later_critical=0.05),
+        ("RUN>PROBE:DIVERGE", "PROBE>RUN", "RUN>PROBE:DIVERGE", "PROBE>REWARM", "REWARM>HOLD"),
     ),
-    Scenario(Model("shift", shift=jump(0.3)), ("RUN>PROBE:LOST", "PROBE>RUN")),
-    Scenario(Model("far_shift", shift=jump(3.0)), ("RUN>PROBE:DIVERGE", "PROBE>RUN")),
+    Scenario(
+        Model("shift", shift=jump(0.3)),
+        ("RUN>PROBE:LOST", "PROBE>SHIFT", "SHIFT>PROBE", "PROBE>SHIFT"),
+    ),
+    Scenario(Model("far_shift", shift=jump(3.0)), ("RUN>PROBE:DIVERGE", "PROBE>SHIFT")),
+    # The shift passes: the snapshot from before is the better one again.
+    Scenario(
+        Model("passing", shift=jump(3.0, 700, 710)),
+        ("RUN>PROBE:DIVERGE", "PROBE>SHIFT", "SHIFT>PROBE", "PROBE>RUN"),
+    ),
+    # A jump of the weights that the LR has not done is undone, and nothing is cut.
+    Scenario(Model("kicked", kick=700), ("RUN>PROBE:DIVERGE", "PROBE>RUN")),
     Scenario(Model("nan_late", broken=steps_from(700, 10)), ("RUN>PROBE:NONFINITE",)),
     Scenario(Model("nan_early", broken=steps_from(50, 10)), ("RUN>REWARM:NONFINITE",)),
     Scenario(Model("nan_within", broken=steps_from(50, 8)), ()),
     Scenario(Model("nan", broken=steps_from(700, 10)), ("RUN>FAILED:NONFINITE",), NO_SLOTS),
     Scenario(
         Model("one_after_another", critical=0.3, later_critical=1e-9),
-        ("RUN>REWARM:LOST", "REWARM>FAILED:DIVERGE"),
+        ("RUN>REWARM:DIVERGE", "RUN>PROBE:DIVERGE", "PROBE>RUN", "RUN>FAILED:DIVERGE"),
         {"snapshot_slots": 3, "max_restarts": 1},
     ),
     Scenario(Model("hopeless", critical=1e-300, harm=1.0), ("RESCUE>FAILED:LOST|ABOVE",)),
-    Scenario(DAMAGED, ("RUN>REWARM:LOST",), NO_SLOTS),
-    Scenario(DAMAGED, ("RUN>REWARM:LOST", "TRIAL>RUN"), {"snapshot_slots": 1}),
+    Scenario(DAMAGED, ("RUN>REWARM:DIVERGE",), NO_SLOTS),
+    Scenario(DAMAGED, ("RUN>REWARM:DIVERGE", "TRIAL>RUN"), {"snapshot_slots": 1}),
     Scenario(DAMAGED, (), {"snapshot_slots": 3, "guard_mode": GuardMode.OBSERVE}),
     *(
         Scenario(model, moves, {"snapshot_slots": 3, "block_steps": 3, "sensitivity": 1.5})

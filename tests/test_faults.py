@@ -19,12 +19,11 @@ MOST_LOST = 0.05  # of the progress of the reference
 CPU = Place(torch.device("cpu"), False, STEPS)
 # Known to end worse (benchmarks/results has by how much): no worse than this here.
 MOST_LOST_BY_FAULT = {
-    "shuffled labels, 50 batches": 0.3,
+    "shuffled labels, 50 batches": 0.3,  # a fifth of this run, and seen to have passed too late
     "inputs mirrored, for good": 0.3,
-    "peak x 100, 20 steps": 0.2,
     "a layer x 10": 0.1,
-    "one class at first": 0.6,
-    "gradients x 0.001 at first": 0.6,  # SGD: a test wins because the gradients grow during it
+    "one class at first": 0.3,
+    "gradients x 0.001 at first": 0.25,  # SGD: a test wins because the gradients grow during it
 }
 KEEPS_A_CUT = ("one class at first",)  # it ends before there is a good snapshot to ask
 pytestmark = [  # faults that are meant

@@ -56,6 +56,11 @@ def test_a_probe_ends_with_a_cut():
     assert (state["phase"], state["cut_factor"], state["good_slot"]) == (Phase.REWARM, 0.5, 0)
 
 
+def test_a_change_of_the_data_counts_as_lasting():
+    state = _extension.resumed(config(), state_in(Phase.SHIFT, good_slot=2.0))
+    assert (state["phase"], state["cut_factor"], state["good_slot"]) == (Phase.RUN, 1.0, 0)
+
+
 def test_a_run_without_an_experiment_goes_on_as_it_was():
     before = state_in(Phase.HOLD, cut_factor=0.3, phase_step=290.0)
     after = _extension.resumed(config(), copy.deepcopy(before))

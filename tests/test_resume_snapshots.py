@@ -93,7 +93,7 @@ RUNS = {
 }
 PHASES = {
     "rescue": "RUN RESCUE REWARM HOLD REGROW TRIAL TEST",
-    "probes": "RUN TEST PROBE REWARM HOLD REGROW",
+    "probes": "RUN TEST PROBE SHIFT",
     "trial": "RUN TRIAL TEST",
     "search": "SEARCH RUN PROBE REWARM HOLD REGROW",
     "failed": "RUN RESCUE",

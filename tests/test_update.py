@@ -14,6 +14,7 @@ from traces import TRACES, Trace
 from adaptlr import _extension as extension
 from adaptlr import reference
 from adaptlr.config import Guard, ResolvedConfig
+from adaptlr.events import make_events
 from adaptlr.reference import (
     Archive,
     Config,
@@ -254,6 +255,26 @@ def test_closed_loop_matches_reference_in_every_field(scenario: Scenario) -> Non
     assert not missing, moves_of(actual[0])
     # Losses are between 1 and 7. The same losses give the same decisions, and so the same losses.
     assert_same(actual, run_reference(config, signals, every=1), loss_unit=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        (
+            "kicked",
+            "back",
+            "the loss is back with the snapshot's weights; the run goes on from them",
+        ),
+        ("far_shift", "shift", "nothing is cut, but that snapshot is kept for a while"),
+        ("passing", "probe", "the data may be as it was before it changed; weights and optimizer"),
+    ],
+)
+def test_events_tell_what_a_probe_is_for_and_what_it_has_shown(
+    name: str, kind: str, reason: str
+) -> None:
+    scenario = next(scenario for scenario in SCENARIOS if scenario.model.name == name)
+    _, _, (records, _) = run_loop(scenario)
+    assert any(event.kind == kind and reason in event.reason for event in make_events(records))
 
 
 def test_ramps_end_in_each_of_their_ways() -> None:
