@@ -26,6 +26,7 @@ class Phase(IntEnum):
         TEST: The same, while the present state is set aside and may come back.
         PROBE: The loss of older weights is looked at, without an update.
         SEARCH: ``lr="auto"`` looks for the peak.
+        SHIFT: The data has changed; weights from before are kept, and asked again now and then.
     """
 
     RUN = 0
