@@ -2,14 +2,10 @@
 // came about.
 #pragma once
 
-#include "search.h"
+#include "probe.h"
 
 namespace adaptlr {
 
-constexpr double kMinFactor = 1e-4;
-constexpr double kRewarmStart = 0.1;              // share of cut_factor at which re-warming begins
-constexpr double kRegrowLimit = 0.7;              // of the factor that failed
-constexpr double kDriftBackoff = 0.7;             // a drift is slow: a small cut will do
 constexpr double kMaxConsecutiveOverflows = 32.0; // GradScaler's scale: from 2^16 to 2^-16
 constexpr double kEarlySteps = 4.0; // W' after a start, within which it is gone back to
 constexpr double kForgiven = 0.25;  // of a restart, by every snapshot that has aged well
@@ -40,48 +36,6 @@ ADAPTLR_HOST_DEVICE inline void count_skips(const Config& config, int32_t flags,
   const double skip = flags & kNonfinite ? 1.0 : 0.0, overflow = flags & kOverflow ? 1.0 : 0.0;
   state.consecutive_skips = broken ? state.consecutive_skips + skip : 0.0;
   state.consecutive_overflows = broken ? state.consecutive_overflows + overflow : 0.0;
-}
-
-/// The factor that makes `lr`, a share of the peak, of the schedule once re-warmed.
-ADAPTLR_HOST_DEVICE inline double factor_of(const Config& config, double lr, const State& state) {
-  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
-  const double multiplier = schedule(config, resumes);
-  return multiplier > 0.0 ? divide(lr, multiplier) : state.cut_factor;
-}
-
-/// The factor to blame: the one at the change point, where the cusum was last 0, not the one at the
-/// alarm (equation 10).
-ADAPTLR_HOST_DEVICE inline double failed_factor(const Config& config, const State& state) {
-  return smaller(state.cut_factor, factor_of(config, state.onset_lr, state));
-}
-
-/// `held_lr`: a share of the peak that need not be gone below, for it is known to hold; 0: none.
-ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, double held_lr,
-                                    State& state) {
-  const bool again = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
-  state.streak = again ? state.streak + 1.0 : 0.0;
-  double backoff = config.backoff_factor;
-  if (state.streak >= 1.0)
-    backoff *= config.backoff_factor;
-  if (state.streak >= 2.0)
-    backoff *= config.backoff_factor;
-  if (drift_only)
-    backoff = kDriftBackoff;
-  const double failed = failed_factor(config, state);
-  const double held = smaller(factor_of(config, held_lr, state), state.cut_factor);
-  const double least = larger(least_factor(config, kMinFactor), held);
-  state.cut_factor = larger(least, backoff * failed);
-  state.ceiling = larger(kRegrowLimit * failed, state.cut_factor);
-  state.cuts += 1.0;
-  enter(Phase::kRewarm, state.step + 1.0, state);
-}
-
-/// Forgets how sure the statistics were: the losses that follow are new ones.
-ADAPTLR_HOST_DEVICE inline void expect_change(double loss, bool accept, State& state) {
-  rebase(loss, accept, state);
-  state.fine = state.coarse = Progress{};
-  state.block_sum = state.block_count = 0.0;
-  state.soft_step = kNever; // a run that goes on flat is not one that has just begun
 }
 
 /// Without a snapshot to go back to.
@@ -162,79 +116,6 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
     answer_in_place(config, signals, alarms, state, decision);
   else
     start_over(config, state, decision);
-}
-
-/// The data has changed: the weights that were set aside go on, with all statistics begun anew. The
-/// snapshot from before is kept for a while, for the change may pass.
-ADAPTLR_HOST_DEVICE inline void accept_shift(const Config& config, const Archive& archive,
-                                             State& state, Decision& decision) {
-  const State& aside = archive.of(state.aside_slot);
-  const double since = is_in(Phase::kShift, aside) ? aside.phase_step : state.step + 1.0;
-  return_to_aside(archive, state, decision);
-  forget_statistics(state);
-  state.soft_step = kNever;
-  state.restarts -= 1.0; // nothing had failed
-  if (state.step - since < config.rewarm_steps + config.hold_steps)
-    enter(Phase::kShift, since, state);
-}
-
-/// The loss is back with the snapshot's weights. An lr that has held until then is given the
-/// benefit of the doubt, once; if it fails again, it is to blame.
-ADAPTLR_HOST_DEVICE inline void go_on_from_snapshot(const Config& config, double loss,
-                                                    const Archive& archive, State& state,
-                                                    Decision& decision) {
-  const State& aside = archive.of(state.aside_slot);
-  const double held_lr = archive.of(state.good_slot).lr;
-  const bool held = aside.lr <= held_lr;
-  const bool passed = is_in(Phase::kShift, aside);
-  const double slot = state.aside_slot;
-  state.aside_slot = kNoSlot;
-  if (state.collapsed != 0.0) {
-    static_cast<Statistics&>(state) = archive.of(slot); // what the way there has told
-    return start_over(config, state, decision);
-  }
-  if (passed || (held && state.restarts <= 1.0))
-    return go_on_as_before(state.step + 1.0, state);
-  cut(config, false, held ? 0.0 : divide(held_lr, config.peak), state);
-  expect_change(loss, false, state);
-}
-
-/// That the two levels between which a probe decides are apart at least.
-ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
-  return kProbeNoises * usual.noise * square_root(usual.variance_factor);
-}
-
-/// One step of a probe. Every loss votes, from -1/2 for the snapshot's own level to 1/2 for the one
-/// that gave the alarm, and none for more than that: a wild loss is one vote.
-ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
-                                              const Archive& archive, State& state,
-                                              Decision& decision) {
-  decision.action = Action::kSkip;
-  const Progress& usual = archive.of(state.good_slot).fine;
-  const double gap =
-      larger(archive.of(state.aside_slot).fine.fast_level - usual.fast_level, least_gap(usual));
-  state.probe_sum += clamp(divide(signals.loss - usual.fast_level, gap), 0.0, 1.0) - 0.5;
-  const bool sure = fabs(state.probe_sum) >= kProbeSure;
-  if (!sure && state.step - state.phase_step + 1.0 < kProbeSteps)
-    return;
-  if (state.probe_sum > 0.0)
-    accept_shift(config, archive, state, decision);
-  else
-    go_on_from_snapshot(config, signals.loss, archive, state, decision);
-}
-
-/// One step after a change of the data. Is the snapshot from before the better one again? Not where
-/// the loss is down by itself.
-ADAPTLR_HOST_DEVICE inline void advance_shift(const Archive& archive, State& state,
-                                              Decision& decision) {
-  const int64_t taken = static_cast<int64_t>(state.step - state.phase_step) + 1;
-  if (taken < kShiftSteps || (taken & (taken - 1)) != 0) // a power of two
-    return;
-  const Progress& usual = archive.of(state.good_slot).fine;
-  if (state.fine.fast_level - usual.fast_level < least_gap(usual))
-    return go_on_as_before(state.step + 1.0, state);
-  state.restarts += 1.0;
-  begin_probe(false, archive, state, decision);
 }
 
 /// REWARM, HOLD, REGROW, RUN: each phase ends when its steps are over.
@@ -329,15 +210,6 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void respond(const Config& config, const
     answer_alarm(config, signals, archive, alarms, state, decision);
   else
     go_on(config, signals, archive, decision.flags, reading, state, decision);
-}
-
-/// cut_factor, less the re-warming. Also right in the step that ends the phase, whose re-warming is
-/// complete.
-ADAPTLR_HOST_DEVICE inline double rewarmed_factor(const Config& config, const State& state) {
-  if (!is_in(Phase::kRewarm, state))
-    return state.cut_factor;
-  const double ramp = divide(larger(state.step - state.phase_step + 1.0, 0.0), config.rewarm_steps);
-  return state.cut_factor * (kRewarmStart + (1.0 - kRewarmStart) * ramp);
 }
 
 /// Whether lr is anything else than the re-warmed factor x the schedule.

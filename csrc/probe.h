@@ -1,0 +1,82 @@
+// What a probe of older weights decides: has the data changed, or was the LR to blame? Items 3 and
+// 4 in section 6 of docs/algorithm.md.
+#pragma once
+
+#include "backoff.h"
+
+namespace adaptlr {
+
+/// The data has changed: the weights that were set aside go on, with all statistics begun anew. The
+/// snapshot from before is kept for a while, for the change may pass.
+ADAPTLR_HOST_DEVICE inline void accept_shift(const Config& config, const Archive& archive,
+                                             State& state, Decision& decision) {
+  const State& aside = archive.of(state.aside_slot);
+  const double since = is_in(Phase::kShift, aside) ? aside.phase_step : state.step + 1.0;
+  return_to_aside(archive, state, decision);
+  forget_statistics(state);
+  state.soft_step = kNever;
+  state.restarts -= 1.0; // nothing had failed
+  if (state.step - since < config.rewarm_steps + config.hold_steps)
+    enter(Phase::kShift, since, state);
+}
+
+/// The loss is back with the snapshot's weights. An lr that has held until then is given the
+/// benefit of the doubt, once; if it fails again, it is to blame.
+ADAPTLR_HOST_DEVICE inline void go_on_from_snapshot(const Config& config, double loss,
+                                                    const Archive& archive, State& state,
+                                                    Decision& decision) {
+  const State& aside = archive.of(state.aside_slot);
+  const double held_lr = archive.of(state.good_slot).lr;
+  const bool held = aside.lr <= held_lr;
+  const bool passed = is_in(Phase::kShift, aside);
+  const double slot = state.aside_slot;
+  state.aside_slot = kNoSlot;
+  if (state.collapsed != 0.0) {
+    static_cast<Statistics&>(state) = archive.of(slot); // what the way there has told
+    return start_over(config, state, decision);
+  }
+  if (passed || (held && state.restarts <= 1.0))
+    return go_on_as_before(state.step + 1.0, state);
+  cut(config, false, held ? 0.0 : divide(held_lr, config.peak), state);
+  expect_change(loss, false, state);
+}
+
+/// That the two levels between which a probe decides are apart at least.
+ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
+  return kProbeNoises * usual.noise * square_root(usual.variance_factor);
+}
+
+/// One step of a probe. Every loss votes, from -1/2 for the snapshot's own level to 1/2 for the one
+/// that gave the alarm, and none for more than that: a wild loss is one vote.
+ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
+                                              const Archive& archive, State& state,
+                                              Decision& decision) {
+  decision.action = Action::kSkip;
+  const Progress& usual = archive.of(state.good_slot).fine;
+  const double gap =
+      larger(archive.of(state.aside_slot).fine.fast_level - usual.fast_level, least_gap(usual));
+  state.probe_sum += clamp(divide(signals.loss - usual.fast_level, gap), 0.0, 1.0) - 0.5;
+  const bool sure = fabs(state.probe_sum) >= kProbeSure;
+  if (!sure && state.step - state.phase_step + 1.0 < kProbeSteps)
+    return;
+  if (state.probe_sum > 0.0)
+    accept_shift(config, archive, state, decision);
+  else
+    go_on_from_snapshot(config, signals.loss, archive, state, decision);
+}
+
+/// One step after a change of the data. Is the snapshot from before the better one again? Not where
+/// the loss is down by itself.
+ADAPTLR_HOST_DEVICE inline void advance_shift(const Archive& archive, State& state,
+                                              Decision& decision) {
+  const int64_t taken = static_cast<int64_t>(state.step - state.phase_step) + 1;
+  if (taken < kShiftSteps || (taken & (taken - 1)) != 0) // a power of two
+    return;
+  const Progress& usual = archive.of(state.good_slot).fine;
+  if (state.fine.fast_level - usual.fast_level < least_gap(usual))
+    return go_on_as_before(state.step + 1.0, state);
+  state.restarts += 1.0;
+  begin_probe(false, archive, state, decision);
+}
+
+} // namespace adaptlr
