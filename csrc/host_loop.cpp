@@ -12,24 +12,16 @@ struct HostLoop {
   double total;     // sum of the waiting losses
   double grad_norm; // of the coming step; negative: not given
   long long order;  // for snapshots, after the update: save | restore << 4; -1: carried out
-  char seen;        // a loss that lies on the CPU: where the others lie is not asked again
   Waiting waiting;
 };
 
 HostLoop& loop_of(PyObject* self) { return *reinterpret_cast<HostLoop*>(self); }
 
-bool is_on_cpu(PyObject* loss) {
+/// Reads the one element of a CPU tensor; false, and no error set, for anything else.
+bool read_loss(PyObject* loss, double& value) {
   const Owned on_cpu = owned(PyObject_GetAttr(loss, ADAPTLR_NAME("is_cpu")));
-  return on_cpu.ptr() == Py_True;
-}
-
-/// Reads the one element of a floating-point tensor; false, and no error set, for anything else.
-/// From another device it would be right too, only waited for: that is refused at the first loss.
-bool read_loss(HostLoop& loop, PyObject* loss, double& value) {
-  if (!loop.seen)
-    loop.seen = is_on_cpu(loss);
   Owned item;
-  if (loop.seen)
+  if (on_cpu.ptr() == Py_True)
     item = owned(PyObject_CallMethodNoArgs(loss, ADAPTLR_NAME("item")));
   PyErr_Clear();
   if (!item || !PyFloat_CheckExact(item.ptr()))
@@ -42,7 +34,7 @@ PyObject* observe(PyObject* self, PyObject* loss) {
   HostLoop& loop = loop_of(self);
   if (loop.waiting.suspended)
     Py_RETURN_NONE;
-  if (loop.waiting.count != 0 || !read_loss(loop, loss, loop.total))
+  if (loop.waiting.count != 0 || !read_loss(loss, loop.total))
     return PyObject_CallMethodOneArg(self, ADAPTLR_NAME("observe_slowly"), loss);
   loop.waiting.count = 1;
   Py_RETURN_NONE;
