@@ -22,7 +22,7 @@ class HostPath(_extension.HostLoop, Pending):
     step counts stay. Some others count steps by themselves, without a look at the gradients.
 
     The usual step never comes here: `HostLoop` takes one tensor loss a step and float rates, and
-    calls ``observe_slowly``, ``step_slowly`` and ``answer`` for all else.
+    calls ``observe_slowly``, ``step_slowly`` and ``answer`` for all else, a first loss among it.
 
     Attributes:
         name: How `device_path` calls it.
@@ -44,7 +44,8 @@ class HostPath(_extension.HostLoop, Pending):
         device: torch.device,
     ) -> None:
         """Bind the learning rates of ``optimizer``."""
-        _extension.HostLoop.__init__(self, _extension.HostController(config.row, history_size))
+        core = _extension.HostController(config.row, history_size)
+        _extension.HostLoop.__init__(self, core, torch.Tensor)
         Pending.__init__(self, optimizer)
         self._config = config
         self._device = device
@@ -232,6 +233,11 @@ def check_loss(loss: torch.Tensor, device: torch.device) -> None:
         shape = tuple(loss.shape)
         raise ValueError(
             f"loss must have one element, got shape {shape}; reduce it first, e.g. loss.mean()"
+        )
+    if loss.is_neg():
+        raise ValueError(
+            "loss must hold its value in memory, got a view that torch negates when it is read, "
+            "as of the imaginary part of a conjugate; hand in loss.resolve_neg()"
         )
     if not loss.dtype.is_floating_point:
         raise TypeError(f"loss must be of a floating-point dtype, got {loss.dtype}")

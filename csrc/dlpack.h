@@ -21,6 +21,8 @@ struct Tensor {
 };
 
 constexpr uint32_t kMajorVersion = 1;
+constexpr int32_t kCpu = 1;   // a device_type
+constexpr uint8_t kFloat = 2; // a type_code
 
 struct ExchangeApi {
   struct {
@@ -57,11 +59,15 @@ inline bool is_contiguous(const Tensor& tensor) {
   return true;
 }
 
-inline int64_t bytes_of(const Tensor& tensor) {
-  int64_t bytes = tensor.bits / 8 * tensor.lanes;
+inline int64_t elements_of(const Tensor& tensor) {
+  int64_t elements = 1;
   for (int32_t d = 0; d < tensor.dimensions; ++d)
-    bytes *= tensor.shape[d];
-  return bytes;
+    elements *= tensor.shape[d];
+  return elements;
+}
+
+inline int64_t bytes_of(const Tensor& tensor) {
+  return elements_of(tensor) * tensor.lanes * (tensor.bits / 8);
 }
 
 } // namespace adaptlr::dlpack

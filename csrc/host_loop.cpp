@@ -1,6 +1,6 @@
 // HostLoop: one CPU loss a step, and lr as a Python float in every group.
 #include "cpu.h"
-#include "loop.h"
+#include "dlpack.h"
 
 namespace adaptlr {
 namespace {
@@ -8,34 +8,60 @@ namespace {
 struct HostLoop {
   PyObject_HEAD PyObject* core; // a HostController; owns controller
   PyObject* written;            // list: the lr objects of the last step, one a group
+  PyObject* tensor_type;        // torch.Tensor
   HostController* controller;
-  double total;     // sum of the waiting losses
-  double grad_norm; // of the coming step; negative: not given
-  long long order;  // for snapshots, after the update: save | restore << 4; -1: carried out
+  const dlpack::ExchangeApi* exchange; // of tensor_type, or null
+  double total;                        // sum of the waiting losses
+  double grad_norm;                    // of the coming step; negative: not given
+  long long order; // for snapshots, after the update: save | restore << 4; -1: carried out
   Waiting waiting;
 };
 
 HostLoop& loop_of(PyObject* self) { return *reinterpret_cast<HostLoop*>(self); }
 
-/// Reads the one element of a CPU tensor; false, and no error set, for anything else.
-bool read_loss(PyObject* loss, double& value) {
+/// Reads the one element of a plain CPU tensor where it lies, at a third of what item() takes;
+/// false for anything else.
+bool read_in_place(const HostLoop& loop, PyObject* loss, double& value) {
+  dlpack::Tensor tensor{};
+  if (loop.exchange == nullptr || reinterpret_cast<PyObject*>(Py_TYPE(loss)) != loop.tensor_type ||
+      loop.exchange->describe(loss, &tensor) != 0)
+    return false;
+  if (tensor.device_type != dlpack::kCpu || tensor.type_code != dlpack::kFloat ||
+      dlpack::elements_of(tensor) != 1)
+    return false;
+  const auto* element = static_cast<const unsigned char*>(tensor.data) + tensor.byte_offset;
+  if (tensor.bits == 32)
+    value = static_cast<double>(*reinterpret_cast<const float*>(element));
+  else if (tensor.bits == 64)
+    value = *reinterpret_cast<const double*>(element);
+  return tensor.bits == 32 || tensor.bits == 64;
+}
+
+/// Reads a CPU tensor with one element, as torch reads it; false for anything else.
+bool read_item(PyObject* loss, double& value) {
   const Owned on_cpu = owned(PyObject_GetAttr(loss, ADAPTLR_NAME("is_cpu")));
   Owned item;
   if (on_cpu.ptr() == Py_True)
     item = owned(PyObject_CallMethodNoArgs(loss, ADAPTLR_NAME("item")));
-  PyErr_Clear();
   if (!item || !PyFloat_CheckExact(item.ptr()))
     return false;
   value = PyFloat_AS_DOUBLE(item.ptr());
   return true;
 }
 
+/// Whether this is the only loss so far of a step that is not the first: Python looks closely at
+/// the kind of loss that a loop begins with.
+bool is_usual(const Waiting& waiting) { return waiting.count == 0 && waiting.last_count > 0; }
+
 PyObject* observe(PyObject* self, PyObject* loss) {
   HostLoop& loop = loop_of(self);
   if (loop.waiting.suspended)
     Py_RETURN_NONE;
-  if (loop.waiting.count != 0 || !read_loss(loss, loop.total))
+  if (!is_usual(loop.waiting) ||
+      !(read_in_place(loop, loss, loop.total) || read_item(loss, loop.total))) {
+    PyErr_Clear();
     return PyObject_CallMethodOneArg(self, ADAPTLR_NAME("observe_slowly"), loss);
+  }
   loop.waiting.count = 1;
   Py_RETURN_NONE;
 }
@@ -105,8 +131,8 @@ PyObject* before_step(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
 
 int initialise(PyObject* self, PyObject* args, PyObject*) {
   HostLoop& loop = loop_of(self);
-  PyObject* core = nullptr;
-  if (!PyArg_ParseTuple(args, "O", &core))
+  PyObject *core, *tensor_type;
+  if (!PyArg_ParseTuple(args, "OO!", &core, &PyType_Type, &tensor_type))
     return -1;
   try {
     loop.controller = pybind11::cast<HostController*>(pybind11::handle(core));
@@ -114,8 +140,9 @@ int initialise(PyObject* self, PyObject* args, PyObject*) {
     PyErr_SetString(PyExc_TypeError, "core must be a HostController");
     return -1;
   }
-  Py_INCREF(core);
-  Py_XSETREF(loop.core, core);
+  loop.exchange = dlpack::exchange_api_of(tensor_type);
+  Py_XSETREF(loop.core, Py_NewRef(core));
+  Py_XSETREF(loop.tensor_type, Py_NewRef(tensor_type));
   Py_XSETREF(loop.written, PyList_New(0));
   loop.grad_norm = -1.0;
   loop.waiting.mean = 1;
@@ -126,6 +153,7 @@ int initialise(PyObject* self, PyObject* args, PyObject*) {
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(loop_of(self).core);
   Py_VISIT(loop_of(self).written);
+  Py_VISIT(loop_of(self).tensor_type);
   Py_VISIT(Py_TYPE(self));
   return 0;
 }
@@ -133,6 +161,7 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
 int clear(PyObject* self) {
   Py_CLEAR(loop_of(self).core);
   Py_CLEAR(loop_of(self).written);
+  Py_CLEAR(loop_of(self).tensor_type);
   return 0;
 }
 

@@ -193,6 +193,33 @@ def test_losses_of_one_step_are_reduced(make_model, reduction, expected):
     assert controller.status().loss == 7.0
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.tensor(3.0),
+        torch.tensor(3.0, dtype=torch.float64),
+        torch.tensor(3.0, dtype=torch.bfloat16),
+        torch.tensor(3.0, dtype=torch.float16),
+        torch.full((1, 1), 3.0),
+        torch.arange(5.0)[3],
+        torch.arange(5.0, dtype=torch.float64)[3:4].expand(1, 1),
+        torch.nn.Parameter(torch.tensor(3.0)),
+        torch.tensor(3.0).as_subclass(Subclass),
+        3.0,
+    ],
+    ids=lambda loss: f"{type(loss).__name__} {getattr(loss, 'dtype', '')}",
+)
+def test_a_loss_may_have_any_form_with_one_element(make_model, loss):
+    controller = AdaptiveLR(torch.optim.SGD(make_model().parameters(), lr=0.1), total_steps=10)
+    for _ in range(3):
+        controller.step(loss)
+    assert controller.history()["loss"].tolist() == [3.0] * 3
+
+
 def test_the_clock_counts_skipped_steps_so_that_a_run_never_gets_longer(make_model, batches):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

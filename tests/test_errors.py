@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
-from conftest import loss_of, parameters_of, same
+from conftest import loss_of, parameters_of, same, train
 
 from adaptlr import AdaptiveLR, Guard, Schedule, Search
 from adaptlr._extension import state_dtype
 
 
 def short(case: object) -> str:
-    return str(case)[:40]
+    return re.sub(" at 0x[0-9a-f]+", "", str(case))[:40]  # the same in every process
 
 
 def sgd(model: torch.nn.Module, lr: float = 0.1) -> torch.optim.SGD:
@@ -147,15 +148,18 @@ LOSSES = [
     ),
     ("2.0", TypeError, "loss must be a tensor or a float, got str"),
 ]
+NEGATED = torch.tensor(3 + 4j).conj().imag
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
 @pytest.mark.parametrize(("loss", "kind", "message"), LOSSES, ids=short)
 def test_a_bad_loss_is_refused_and_the_step_goes_on_with_a_good_one(
-    make_model, batches, loss, kind, message
+    make_model, batches, loss, kind, message, steps_before
 ):
     model = make_model()
     optimizer = sgd(model)
     controller = AdaptiveLR(optimizer, total_steps=10)
+    train(controller, model, batches[:steps_before])
     good = loss_of(model, batches[0])
     good.backward()
     before = parameters_of(model)
@@ -163,9 +167,17 @@ def test_a_bad_loss_is_refused_and_the_step_goes_on_with_a_good_one(
         controller.step(loss)
     assert message in str(error.value)
     assert same(before, parameters_of(model))
-    assert controller.status().step == 0
+    assert len(controller.history()) == steps_before
     controller.step(good)
     assert controller.status().loss == pytest.approx(good.item())
+
+
+def test_a_loop_whose_losses_are_negated_when_read_is_told_at_the_first(make_model):
+    controller = AdaptiveLR(sgd(make_model()), total_steps=10)
+    with pytest.raises(ValueError, match=r"hand in loss\.resolve_neg\(\)"):
+        controller.step(NEGATED)
+    controller.step(NEGATED.resolve_neg())
+    assert controller.status().loss == -4.0
 
 
 def test_calls_in_the_wrong_way_say_the_right_one(make_model):
