@@ -165,6 +165,7 @@ class DeviceLoop(_Loop):
     launched: int
     copied: int
     events: int
+    address: int
     table: int
     watches: bool
     dtype: int

@@ -110,7 +110,7 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
             self._rebind()
         defers = self.last_count > 0 and not self.accumulates
         if self.count == 0 and (defers or self.is_capturing()):
-            self.first, self.dtype = loss, code
+            self.first, self.address, self.dtype = loss, loss.data_ptr(), code
         else:
             self.core.fold(self._stream(self._index), loss.data_ptr(), code)
         self.count += 1
@@ -152,7 +152,7 @@ class DevicePath(_extension.DeviceLoop, Pending, ABC):
             norm_address, norm_dtype, norm = norm.data_ptr(), DTYPES[norm.dtype], None
         notices = self.core.step(
             self._stream(self._index),
-            0 if self.first is None else self.first.data_ptr(),
+            0 if self.first is None else self.address,
             self.dtype,
             self.mean,
             norm_address,

@@ -21,14 +21,15 @@ struct DeviceLoop {
   DeviceController* controller;
   const dlpack::ExchangeApi* exchange; // of tensor_type, or null
   long device;
-  long long launched;       // control steps
-  long long copied;         // of those, the ones after which snapshots were seen to
-  long long events;         // that Python knows of
-  unsigned long long table; // address of the SnapshotTable; 0: no snapshots
-  int dtype;                // of `first`
-  char flagged;             // the optimizer reads the skip flag
-  char zeroes;              // it does not: gradients are zeroed instead
-  char watches;             // Python wants to see every record
+  long long launched;         // control steps
+  long long copied;           // of those, the ones after which snapshots were seen to
+  long long events;           // that Python knows of
+  unsigned long long table;   // address of the SnapshotTable; 0: no snapshots
+  unsigned long long address; // of what `first` holds
+  int dtype;                  // of `first`
+  char flagged;               // the optimizer reads the skip flag
+  char zeroes;                // it does not: gradients are zeroed instead
+  char watches;               // Python wants to see every record
   Waiting waiting;
 };
 
@@ -37,7 +38,25 @@ DeviceLoop& loop_of(PyObject* self) { return *reinterpret_cast<DeviceLoop*>(self
 /// Python puts None where it empties a member.
 bool is_empty(const PyObject* member) { return member == nullptr || member == Py_None; }
 
-/// The code of the dtype; -1 for one that kernels do not read, and for what is no tensor.
+/// The code of a dtype as DLPack tells it; -1 for one that kernels do not read.
+int dtype_of(const dlpack::Tensor& tensor) {
+  if (tensor.type_code == dlpack::kBfloat)
+    return static_cast<int>(Dtype::kBfloat16);
+  if (tensor.type_code != dlpack::kFloat)
+    return -1;
+  switch (tensor.bits) {
+  case 32:
+    return static_cast<int>(Dtype::kFloat32);
+  case 64:
+    return static_cast<int>(Dtype::kFloat64);
+  case 16:
+    return static_cast<int>(Dtype::kFloat16);
+  default:
+    return -1;
+  }
+}
+
+/// The code of a dtype, asked for through Python; -1 also for what is no tensor.
 int dtype_of(const DeviceLoop& loop, PyObject* loss) {
   const Owned dtype = owned(PyObject_GetAttr(loss, ADAPTLR_NAME("dtype")));
   PyErr_Clear();
@@ -45,6 +64,27 @@ int dtype_of(const DeviceLoop& loop, PyObject* loss) {
     if (PyTuple_GET_ITEM(loop.dtypes, code) == dtype.ptr())
       return static_cast<int>(code);
   return -1;
+}
+
+/// Notes where a loss lies if the kernels can read it there: one element, on the loop's device.
+bool locate(DeviceLoop& loop, PyObject* loss) {
+  dlpack::Tensor tensor{};
+  if (loop.exchange != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(loss)) == loop.tensor_type) {
+    if (loop.exchange->describe(loss, &tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    loop.dtype = dtype_of(tensor);
+    loop.address = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
+    return loop.dtype >= 0 && dlpack::elements_of(tensor) == 1 &&
+           tensor.device_type == dlpack::kCuda && tensor.device_index == loop.device;
+  }
+  loop.dtype = dtype_of(loop, loss);
+  if (loop.dtype < 0 || call_for_integer(loss, ADAPTLR_NAME("numel")) != 1 ||
+      call_for_integer(loss, ADAPTLR_NAME("get_device")) != loop.device)
+    return false;
+  loop.address = static_cast<unsigned long long>(call_for_integer(loss, ADAPTLR_NAME("data_ptr")));
+  return true;
 }
 
 /// Whether every group still has the lr that it was given. Asked in observe only, never in a step:
@@ -76,13 +116,10 @@ PyObject* observe(PyObject* self, PyObject* loss) {
   DeviceLoop& loop = loop_of(self);
   if (loop.waiting.suspended)
     Py_RETURN_NONE;
-  const int dtype = is_usual(loop) ? dtype_of(loop, loss) : -1;
-  if (dtype < 0 || call_for_integer(loss, ADAPTLR_NAME("numel")) != 1 ||
-      call_for_integer(loss, ADAPTLR_NAME("get_device")) != loop.device || !is_bound(loop))
+  if (!is_usual(loop) || !locate(loop, loss) || !is_bound(loop))
     return PyObject_CallMethodOneArg(self, ADAPTLR_NAME("observe_slowly"), loss);
   Py_INCREF(loss);
   Py_XSETREF(loop.first, loss);
-  loop.dtype = dtype;
   loop.waiting.count = 1;
   Py_RETURN_NONE;
 }
@@ -103,6 +140,13 @@ bool has_known_groups(const DeviceLoop& loop) {
 }
 
 driver::Stream current_stream(const DeviceLoop& loop) {
+  void* described = nullptr;
+  if (loop.exchange != nullptr && loop.exchange->current_stream != nullptr) {
+    if (loop.exchange->current_stream(dlpack::kCuda, static_cast<int32_t>(loop.device),
+                                      &described) != 0)
+      throw pybind11::error_already_set();
+    return static_cast<driver::Stream>(described);
+  }
   const Owned stream = owned(PyObject_CallOneArg(loop.stream_of, loop.index));
   if (!stream)
     throw pybind11::error_already_set();
@@ -113,8 +157,7 @@ driver::Stream current_stream(const DeviceLoop& loop) {
 int64_t launch(DeviceLoop& loop) {
   StepParams params{};
   Scalar& loss = params.inputs[kLoss];
-  loss.address =
-      reinterpret_cast<const void*>(call_for_integer(loop.first, ADAPTLR_NAME("data_ptr")));
+  loss.address = reinterpret_cast<const void*>(loop.address);
   loss.dtype = static_cast<Dtype>(loop.dtype);
   params.grad_norm = params.applied_lr = -1.0;
   params.mean = loop.waiting.mean;
@@ -263,6 +306,7 @@ PyMemberDef members[] = {{"core", T_OBJECT_EX, offsetof(DeviceLoop, core), READO
                          {"launched", T_LONGLONG, offsetof(DeviceLoop, launched), 0, nullptr},
                          {"copied", T_LONGLONG, offsetof(DeviceLoop, copied), 0, nullptr},
                          {"events", T_LONGLONG, offsetof(DeviceLoop, events), 0, nullptr},
+                         {"address", T_ULONGLONG, offsetof(DeviceLoop, address), 0, nullptr},
                          {"table", T_ULONGLONG, offsetof(DeviceLoop, table), 0, nullptr},
                          {"watches", T_BOOL, offsetof(DeviceLoop, watches), 0, nullptr},
                          {"dtype", T_INT, offsetof(DeviceLoop, dtype), 0, nullptr},

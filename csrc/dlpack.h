@@ -1,4 +1,5 @@
-// The part of DLPack's C interface that tells where a tensor lies, as dlpack.h 1.3 lays it out:
+// The part of DLPack's C interface that tells where a tensor lies and which stream is current, as
+// dlpack.h 1.3 lays it out:
 // https://dmlc.github.io/dlpack/latest/c_api.html. torch offers it since 2.10. One call of it takes
 // the place of three or four through Python.
 #pragma once
@@ -21,8 +22,11 @@ struct Tensor {
 };
 
 constexpr uint32_t kMajorVersion = 1;
-constexpr int32_t kCpu = 1;   // a device_type
-constexpr uint8_t kFloat = 2; // a type_code
+// Values of device_type and of type_code.
+constexpr int32_t kCpu = 1;
+constexpr int32_t kCuda = 2;
+constexpr uint8_t kFloat = 2;
+constexpr uint8_t kBfloat = 4;
 
 struct ExchangeApi {
   struct {
@@ -34,7 +38,7 @@ struct ExchangeApi {
   void* export_owned;
   void* import_owned;
   int (*describe)(void* tensor, Tensor* out); // owns nothing; 0: success
-  void* current_stream;
+  int (*current_stream)(int32_t device_type, int32_t device_index, void** out); // 0: success
 };
 
 /// That of a tensor type, or null where it has none that is known here.
