@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 
 Loop = Callable[..., Any]
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers take the cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
