@@ -150,7 +150,8 @@ def test_the_charts_follow_mouse_wheel_and_fingers(recorded, tmp_path):
 LOOK = """
 const rgb = (text) => text.match(/\\w\\w/g).map((part) => parseInt(part, 16));
 const canvas = document.querySelector("#loss canvas"), paint = canvas.getContext("2d");
-const root = document.documentElement, wanted = rgb(getComputedStyle(root).getPropertyValue("--run1"));
+const root = document.documentElement, style = getComputedStyle(root);
+const wanted = rgb(style.getPropertyValue("--run1"));
 const { data } = paint.getImageData(0, 0, canvas.width, canvas.height);
 let drawn = 0;
 for (let i = 0; i < data.length; i += 4) drawn += wanted.every((part, j) => part === data[i + j]);
