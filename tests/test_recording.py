@@ -68,6 +68,29 @@ def test_what_a_line_leaves_out_has_its_usual_value(path):
     assert (full["phase"], full["flags"], full["grad_norm"]) == (2, 2, 3.0)
 
 
+def test_lines_of_something_else_are_counted_and_spaces_are_none(path):
+    lines = [
+        record(0),
+        record(1).replace(":", ": "),  # as another tool may write it
+        record(-1),
+        to_json({"step": 10.0**30, **dict.fromkeys(NUMBERS, 2.0)}),
+        record(2, None),  # a NaN of another tool
+        record(3, phase="SOON"),
+        to_json({"step": 4}),
+        to_json({"event": "skip"}),
+        to_json({"gap": 3}),
+        to_json({"news": "of another kind"}),
+        "[1, 2]\n",
+        "\n",
+        record(5),
+    ]
+    path.write_text(header() + "".join(lines))
+    result = read(path)
+    assert result.records["step"].tolist() == [0, 1, 2, 5]
+    assert result.damaged == 8
+    assert result.events == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -75,6 +98,9 @@ def test_what_a_line_leaves_out_has_its_usual_value(path):
         ('{"loss": 1.0}\n', "is not a recording of adaptlr: its first line must be a header"),
         ("step,loss\n0,1.0\n", "is not a recording of adaptlr: its first line must be a header"),
         (header(format=99), f"must be of format {FORMAT}, got 99, written by adaptlr 0.1.0"),
+        (header(config=None), "is not a recording of adaptlr: a header is damaged"),
+        (header(config={"total_steps": "many"}), "a header is damaged"),
+        (header(time="yesterday"), "a header is damaged"),
         (header() + record(0) + header(format=2), f"must be of format {FORMAT}, got 2, written"),
     ],
 )

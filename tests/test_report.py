@@ -222,6 +222,15 @@ def test_report_says_what_is_wrong_in_a_line(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     result = run("report", tmp_path / "foreign.jsonl", "-o", tmp_path)
     assert result.exit_code == 2
+    assert f"{tmp_path} cannot be read: Is a directory" in run("report", tmp_path).stderr
+
+
+def test_report_says_that_the_disk_is_full(recorded):
+    path = recorded()
+    for option in ([], ["--png"]):
+        result = run("report", path, "-o", "/dev/full", *option)
+        assert result.exit_code == 1
+        assert "adaptlr: /dev/full cannot be written: No space left on device" in result.stderr
 
 
 def test_a_run_without_steps_has_a_page_and_no_picture(tmp_path):
