@@ -74,6 +74,9 @@ def schedule(config: _Row, step: float, /) -> float:
 def final_multiplier(config: _Row, /) -> float:
     """Return the multiplier that is kept once ``total_steps`` are over."""
 
+def record_lines(records: _Row, /) -> bytes:
+    """Write records that are finite numbers and nothing else as lines of a recording."""
+
 def cuda_available() -> bool:
     """Whether there is a driver and a GPU. Initialises the driver."""
 

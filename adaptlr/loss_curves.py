@@ -34,9 +34,12 @@ class LossCurve(NamedTuple):
 def read_losses(path: str | os.PathLike[str], name: str | None = None) -> LossCurve:
     """Read a recording (``.jsonl``), a table (``.csv``, ``.txt``) or the logs of TensorBoard.
 
+    The columns of a table may be separated by commas, semicolons or tabs.
+
     Args:
         path: A file, or the folder that TensorBoard has written.
-        name: Column or tag of the loss; None: the first of `NAMES` that is there.
+        name: Column or tag of the loss; None: the first of `NAMES` that is there. A recording has
+            one loss, and takes none.
 
     Raises:
         OSError: if it cannot be read.
@@ -47,6 +50,8 @@ def read_losses(path: str | os.PathLike[str], name: str | None = None) -> LossCu
     if path.is_dir() or "tfevents" in path.name:
         curve = LossCurve(_from_tensorboard(path, name))
     elif path.suffix == ".jsonl":
+        if name is not None:
+            raise ValueError(f"name must be None for a recording, which has one loss, got {name!r}")
         curve = _from_recording(path)
     else:
         curve = LossCurve(_from_table(path, name))
@@ -74,8 +79,7 @@ def _from_recording(path: Path) -> LossCurve:
 
 def _from_table(path: Path, name: str | None) -> npt.NDArray[np.float64]:
     """Read a table with names above its columns, or one number a line."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
+    rows = _rows(path)
     if not rows:
         return np.zeros(0)
     if name is None and len(rows[0]) == 1 and _is_number(rows[0][0]):
@@ -88,6 +92,23 @@ def _from_table(path: Path, name: str | None) -> npt.NDArray[np.float64]:
         if cell and not _is_number(cell):
             raise ValueError(f"{path} must hold numbers, got {cell!r} in row {line}")
     return np.array([float(cell) for cell in cells if cell])
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """Read the cells of a table, whose first line tells how they are separated."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be a table of text, got something else: {error}") from None
+    for line, row in enumerate(rows):
+        if len(row) > len(rows[0]):
+            raise ValueError(
+                f"{path} must have {len(rows[0])} cells in a row, got {len(row)} in row {line}"
+            )
+    return rows
 
 
 def _is_number(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -153,19 +154,29 @@ class Reader:
 
     def _take(self, text: bytes) -> None:
         line = _parse(text)
-        if not self._headers and (line is None or "format" not in line):
+        self._closed = line.get("end") == "closed"
+        if "format" in line:
+            self._take_header(line)
+        elif not self._headers:
             raise ValueError(
                 f"{self._path} is not a recording of adaptlr: its first line must be a header"
             )
-        if line is None:
-            self._damaged += bool(text.strip())
-        elif "format" in line:
-            self._take_header(line)
-        elif "event" in line:
-            self._events.append((self._count, _event(line)))
-        elif "gap" in line:
-            self._lost.append(f"{line['gap']} {line['of']}: {line['why']}")
-        self._closed = line is not None and line.get("end") == "closed"
+        else:
+            self._take_news(line, text)
+
+    def _take_news(self, line: Line, text: bytes) -> None:
+        """Take a line that is no header, or count it as damaged."""
+        try:
+            if "event" in line:
+                self._events.append((self._count, _event(line)))
+            elif "gap" in line:
+                self._lost.append(f"{line['gap']} {line['of']}: {line['why']}")
+            elif "step" in line:  # a record that something else has written again
+                self._take_records([text])
+            elif "end" not in line:
+                self._damaged += bool(text.strip())
+        except (ValueError, KeyError, TypeError):
+            self._damaged += 1
 
     def _take_header(self, line: Line) -> None:
         if line["format"] != FORMAT:
@@ -173,6 +184,8 @@ class Reader:
                 f"{self._path} must be of format {FORMAT}, got {line['format']}, written by "
                 f"adaptlr {line.get('adaptlr', 'of unknown version')}; read it with that version"
             )
+        if not _is_header(line):
+            raise ValueError(f"{self._path} is not a recording of adaptlr: a header is damaged")
         if line.get("part", 1) == 1 or not self._headers:
             self._headers.append(line)
 
@@ -220,12 +233,26 @@ def _runs(lines: list[bytes]) -> Iterator[tuple[bool, list[bytes]]]:
             start = place
 
 
-def _parse(text: bytes) -> Line | None:
+def _is_header(line: Line) -> bool:
+    """Tell whether what readers count on is of its kind, where it is there."""
+    config, versions = line.get("config", {}), line.get("versions", {})
+    if not (isinstance(config, dict) and isinstance(versions, dict)):
+        return False
+    numbers = (config.get("total_steps") or 0, config.get("peak", 0.0))
+    try:
+        datetime.fromisoformat(line.get("time", "2000-01-01"))
+    except (ValueError, TypeError):
+        return False
+    return all(isinstance(number, (int, float)) for number in numbers)
+
+
+def _parse(text: bytes) -> Line:
+    """Return the object of a line; an empty one for what is none."""
     try:
         line = loads(text)
     except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
+        return {}
+    return line if isinstance(line, dict) else {}
 
 
 def _event(line: Line) -> RecordedEvent:
@@ -240,6 +267,8 @@ def _table(lines: list[Line]) -> npt.NDArray[Any]:
     values = chain.from_iterable(map(_always, lines))
     # fromiter takes the strings that stand for NaN and infinity as float() does
     columns = np.fromiter(values, float, len(lines) * _ALWAYS).reshape(-1, _ALWAYS)
+    if not ((columns[:, 0] >= 0) & (columns[:, 0] < 2.0**53)).all():
+        raise ValueError("a step is a count")
     for place, name in enumerate(("step", *NUMBERS)):
         table[name] = columns[:, place]
     for place, count in enumerate(map(len, lines)):

@@ -3,6 +3,7 @@
 #include "cuda.h"
 #include "embedded.h"
 #include "loop.h"
+#include "record_lines.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -104,6 +105,20 @@ py::tuple host_step(HostController& controller, double loss, double grad_norm, d
       controller.step(Signals{loss, grad_norm, applied_lr, overflow, overwritten});
   return py::make_tuple(decision.action == Action::kSkip, controller.flight_record().notices(),
                         lrs_of(controller.config, decision.multiplier), order_of(decision));
+}
+
+/// Leaves other threads the interpreter meanwhile: a training loop must not wait for its recorder.
+py::bytes record_lines_of(const py::array& rows) {
+  if (!rows.dtype().equal(layout<Record>()) || !(rows.flags() & py::array::c_style))
+    throw py::value_error("expected rows of Record in one piece, got " +
+                          std::string(py::str(rows.dtype())));
+  const auto* records = static_cast<const Record*>(rows.data());
+  std::string text;
+  {
+    const py::gil_scoped_release others_run;
+    text = record_lines(records, static_cast<std::size_t>(rows.size()));
+  }
+  return text;
 }
 
 /// What both controllers offer: their flight record.
@@ -379,6 +394,8 @@ PYBIND11_MODULE(_extension, module) {
   });
   module.def("final_multiplier",
              [](const py::array& config) { return final_multiplier(from_row<Config>(config)); });
+
+  module.def("record_lines", &record_lines_of);
 
   py::class_<HostController> host(module, "HostController");
   host.def(py::init([](const py::array& config, int64_t history_size) {

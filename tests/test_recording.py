@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from adaptlr.lines import FORMAT, NUMBERS, to_json
+from adaptlr import lines
+from adaptlr._extension import record_dtype, record_lines
+from adaptlr.lines import FORMAT, NUMBERS, records_to_json, to_json
 from adaptlr.recording import Reader, read
 
 
@@ -68,6 +70,29 @@ def test_what_a_line_leaves_out_has_its_usual_value(path):
     assert (full["phase"], full["flags"], full["grad_norm"]) == (2, 2, 3.0)
 
 
+def test_lines_of_something_else_are_counted_and_spaces_are_none(path):
+    lines = [
+        record(0),
+        record(1).replace(":", ": "),  # as another tool may write it
+        record(-1),
+        to_json({"step": 10.0**30, **dict.fromkeys(NUMBERS, 2.0)}),
+        record(2, None),  # a NaN of another tool
+        record(3, phase="SOON"),
+        to_json({"step": 4}),
+        to_json({"event": "skip"}),
+        to_json({"gap": 3}),
+        to_json({"news": "of another kind"}),
+        "[1, 2]\n",
+        "\n",
+        record(5),
+    ]
+    path.write_text(header() + "".join(lines))
+    result = read(path)
+    assert result.records["step"].tolist() == [0, 1, 2, 5]
+    assert result.damaged == 8
+    assert result.events == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -75,6 +100,9 @@ def test_what_a_line_leaves_out_has_its_usual_value(path):
         ('{"loss": 1.0}\n', "is not a recording of adaptlr: its first line must be a header"),
         ("step,loss\n0,1.0\n", "is not a recording of adaptlr: its first line must be a header"),
         (header(format=99), f"must be of format {FORMAT}, got 99, written by adaptlr 0.1.0"),
+        (header(config=None), "is not a recording of adaptlr: a header is damaged"),
+        (header(config={"total_steps": "many"}), "a header is damaged"),
+        (header(time="yesterday"), "a header is damaged"),
         (header() + record(0) + header(format=2), f"must be of format {FORMAT}, got 2, written"),
     ],
 )
@@ -87,6 +115,31 @@ def test_a_foreign_file_is_refused(path, text, message):
 def test_a_missing_file_is_named(path):
     with pytest.raises(FileNotFoundError, match=r"path must be a recording, got .*run\.jsonl"):
         read(path)
+
+
+def test_the_extension_writes_a_line_as_python_does():
+    numbers = np.random.default_rng(0)
+    rows = np.zeros(1000, record_dtype)
+    rows["step"], rows["grad_norm"] = np.arange(1000) ** 4, np.nan
+    for name in NUMBERS:
+        rows[name] = numbers.choice([-1, 1], 1000) * 10.0 ** numbers.uniform(-320, 308, 1000)
+        rows[name][:6] = [0.0, -0.0, 1.0, 1e-5, 123456789.5, 1e16]
+    expected = [lines._full_line(row, None) for row in rows]
+    assert record_lines(rows).decode().splitlines(keepends=True) == expected
+    with pytest.raises(ValueError, match="expected rows of Record in one piece"):
+        record_lines(rows[::2])
+
+
+def test_records_keep_their_order_whoever_writes_them():
+    rows = np.zeros(7, record_dtype)
+    rows["step"], rows["grad_norm"] = np.arange(7), np.nan
+    rows["flags"][2], rows["loss"][5] = 1, np.inf
+    text = records_to_json(rows, 9.0).splitlines()
+    assert [json.loads(line)["step"] for line in text] == list(range(7))
+    assert [line.count('"time":9.00') for line in text] == [1, 0, 0, 0, 0, 0, 0]
+    assert '"flags":["NONFINITE"]' in text[2]
+    assert '"loss":"Infinity"' in text[5]
+    assert records_to_json(rows[:0], 9.0) == ""
 
 
 def test_numbers_survive_as_float32(path):

@@ -75,7 +75,7 @@ def test_a_short_run_is_drawn_as_it_is():
 # -- the page ----------------------------------------------------------------------------------
 
 
-def in_browser(page: str, script: str, tmp_path, width: int = 1280) -> str:
+def in_browser(page: str, script: str, tmp_path, width: int = 1280, dark: bool = False) -> str:
     """Return the page as a browser leaves it after ``script``; fail on any error in it."""
     if CHROMIUM is None:
         pytest.skip("no chromium is installed")
@@ -85,7 +85,8 @@ def in_browser(page: str, script: str, tmp_path, width: int = 1280) -> str:
     file.write_text(page.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},900", "--virtual-time-budget=2000", file.as_uri()]
+    command += [f"--window-size={width},900", "--virtual-time-budget=2000"]
+    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert "<title>ERROR" not in done.stdout, re.findall("<title>ERROR.*?</title>", done.stdout)
     return html.unescape(done.stdout)
@@ -111,9 +112,62 @@ def test_the_page_draws_zooms_and_explains_in_a_browser(recorded, tmp_path):
     assert "the loss is nan; step skipped" in tip
 
 
-def test_the_page_compares_runs_on_a_phone(recorded, tmp_path):
+GESTURES = """
+const charts = document.getElementById("charts"), over = document.querySelector("#loss .u-over");
+const box = over.getBoundingClientRect(), seen = [];
+const send = (kind, share, more, target = over) => target.dispatchEvent(
+  new ({ w: WheelEvent, p: PointerEvent }[kind[0]] ?? MouseEvent)(kind, {
+    clientX: box.left + share * box.width, clientY: box.top + 50, movementX: 1,
+    bubbles: true, cancelable: true, ...more }));
+const drag = (from, to, more) => {
+  send("mousemove", from, more); send("mousedown", from, more); send("mousemove", to, more);
+  send("mouseup", to, more, document);
+};
+const look = () => seen.push(charts.dataset.steps);
+drag(0.25, 0.75); look();
+drag(0.5, 0.75, { shiftKey: true }); look();
+const scrolls = send("wheel", 0.5, { deltaY: -100 }); look();
+const zooms = !send("wheel", 0.5, { deltaY: -100, ctrlKey: true }); look();
+send("dblclick", 0.5); look();
+const finger = (kind, id, share) => send(kind, share, { pointerId: id, pointerType: "touch" });
+finger("pointerdown", 1, 0.4); finger("pointerdown", 2, 0.6);
+finger("pointermove", 1, 0.3); finger("pointermove", 2, 0.7);
+finger("pointerup", 2, 0.7); look();
+finger("pointermove", 1, 0.4); finger("pointerup", 1, 0.4); look();
+charts.dataset.seen = [...seen, scrolls, zooms].join("|");
+"""
+
+
+def test_the_charts_follow_mouse_wheel_and_fingers(recorded, tmp_path):
+    left = in_browser(make_page([read(recorded())]), GESTURES, tmp_path)
+    *seen, scrolls, zooms = re.search('data-seen="(.*?)"', left).group(1).split("|")
+    assert seen[:3] == ["16 47", "8 39", "8 39"]  # drag, shift-drag, the wheel alone
+    assert seen[3:5] == ["11 36", "0 63"]  # the wheel with control, double click
+    assert seen[5:] == ["16 47", "13 44"]  # two fingers, one finger
+    assert (scrolls, zooms) == ("true", "true")
+
+
+LOOK = """
+const rgb = (text) => text.match(/\\w\\w/g).map((part) => parseInt(part, 16));
+const canvas = document.querySelector("#loss canvas"), paint = canvas.getContext("2d");
+const root = document.documentElement, style = getComputedStyle(root);
+const wanted = rgb(style.getPropertyValue("--run1"));
+const { data } = paint.getImageData(0, 0, canvas.width, canvas.height);
+let drawn = 0;
+for (let i = 0; i < data.length; i += 4) drawn += wanted.every((part, j) => part === data[i + j]);
+root.dataset.seen = [
+  drawn > 50, root.scrollWidth <= innerWidth, getComputedStyle(document.body).backgroundColor
+].join("|");
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_compares_runs_on_a_phone(recorded, tmp_path, dark):
     page = make_page([read(recorded()), read(recorded("other.jsonl", 0.03))], "Two rates")
-    left = in_browser(page, "", tmp_path, width=500)
+    left = in_browser(page, LOOK, tmp_path, width=500, dark=dark)
+    background = "rgb(20, 22, 26)" if dark else "rgb(247, 247, 245)"
+    # The colour of the second run is on the canvas; nothing is wider than the screen.
+    assert f'data-seen="true|true|{background}"' in left
     assert left.count("<canvas") == 3
     assert "other.jsonl level" in left
     assert left.count('class="verdict"') == 2
@@ -168,6 +222,15 @@ def test_report_says_what_is_wrong_in_a_line(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     result = run("report", tmp_path / "foreign.jsonl", "-o", tmp_path)
     assert result.exit_code == 2
+    assert f"{tmp_path} cannot be read: Is a directory" in run("report", tmp_path).stderr
+
+
+def test_report_says_that_the_disk_is_full(recorded):
+    path = recorded()
+    for option in ([], ["--png"]):
+        result = run("report", path, "-o", "/dev/full", *option)
+        assert result.exit_code == 1
+        assert "adaptlr: /dev/full cannot be written: No space left on device" in result.stderr
 
 
 def test_a_run_without_steps_has_a_page_and_no_picture(tmp_path):

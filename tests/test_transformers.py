@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import same
 
-from adaptlr import AdaptiveLR, Guard
+from adaptlr import AdaptiveLR, Guard, Phase
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -176,6 +176,36 @@ def test_a_resumed_run_equals_one_that_never_stopped(form, save_snapshots, tmp_p
     assert other.controller.events()[0].reason == (
         "resumed at step 8 with its snapshots" if save_snapshots else "resumed at step 8"
     )
+
+
+class Stop(transformers.TrainerCallback):
+    """Ends a training early, as a machine that goes down does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 60
+
+
+def test_a_run_resumed_within_a_search_equals_one_that_never_stopped(tmp_path):
+    settings = {
+        "options": {"lr": "auto", "save_snapshots": True},
+        "max_steps": 300,  # the first 50 of them are a search
+        "save_strategy": "steps",
+        "save_steps": 30,
+        "save_total_limit": 10,
+    }
+    whole, callback = make_trainer(tmp_path / "whole", **settings)
+    whole.add_callback(Stop())
+    whole.train()
+    resumed, other = make_trainer(tmp_path / "resumed", **settings)
+    resumed.add_callback(Stop())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-30"))
+    expected, actual = callback.controller.history(), other.controller.history()
+    assert expected["phase"][29] == actual["phase"][0] == Phase.SEARCH
+    assert expected["phase"][-1] == Phase.RUN
+    assert actual["lr"].tolist() == expected["lr"][30:].tolist()
+    assert actual["loss"].tolist() == expected["loss"][30:].tolist()
+    assert same(state_of(resumed.model), state_of(whole.model))
+    assert "found" in [event.kind for event in other.controller.events()]
 
 
 @pytest.mark.parametrize("form", FORMS)

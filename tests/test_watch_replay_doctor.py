@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -144,11 +146,13 @@ def test_replay_reads_tables_and_tensorboard(tmp_path):
     (tmp_path / "named.csv").write_text(
         "step,train_loss\n" + "".join(f"{i},{x}\n" for i, x in enumerate(losses))
     )
+    (tmp_path / "tabs.tsv").write_text("step\tloss\n0\t2.0\n1\t1.5\n\n2\tnan\n3\t1.25\n")
+    (tmp_path / "excel.csv").write_text("\ufeffloss;lr\r\n2.0;1\r\n1.5;1\r\nnan;1\r\n1.25;1\r\n")
     (tmp_path / "bare.txt").write_text("".join(f"{x}\n" for x in losses))
     with SummaryWriter(str(tmp_path / "board")) as writer:
         for step, loss in enumerate(losses):
             writer.add_scalar("train/loss", loss, step)
-    for source in ("named.csv", "bare.txt", "board"):
+    for source in ("named.csv", "tabs.tsv", "excel.csv", "bare.txt", "board"):
         curve = read_losses(tmp_path / source)
         assert np.array_equal(curve.losses, losses, equal_nan=True), source
 
@@ -182,6 +186,10 @@ def test_replay_stops_where_the_guard_gives_up_and_keeps_all_events():
         ("a,b\n1,2\n", [], 1, "must have a column called loss or train_loss or"),
         ("loss\n1\nx\n", [], 1, "must hold numbers, got 'x' in row 2"),
         ("loss\n", [], 1, "holds no losses"),
+        ("loss\n2,5\n", [], 1, "must have 1 cells in a row, got 2 in row 1"),
+        ("loss\n" + "1" * 200_000, [], 1, "must be a table of text, got something else: field"),
+        ("1\n2\n", ["--total-steps", "0"], 2, "total_steps must be at least 1, got 0"),
+        ("1\n2\n", ["--lr", "0"], 2, "lr must be above 0 in one group at least, got [0.0]"),
         ("1\n2\n", ["--sensitivity", "9"], 2, "sensitivity must be in [0.5, 2], got 9.0"),
         ("1\n2\n", ["--mode", "both"], 2, "mode must be 'act' or 'observe', got 'both'"),
         (
@@ -202,6 +210,15 @@ def test_replay_says_what_is_wrong_in_a_line(tmp_path, text, options, code, mess
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_command_says_that_the_disk_is_full_in_a_line(recorded):
+    program = "from adaptlr.cli import app; app()"
+    command = [sys.executable, "-c", program, "watch", str(recorded), "--once", "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "adaptlr: the output cannot be written: the disk is full\n"
+
+
 def test_a_recording_without_every_step_is_not_replayed(tmp_path):
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
     recorder = Recorder(tmp_path / "run.jsonl", every=10)
@@ -211,6 +228,10 @@ def test_a_recording_without_every_step_is_not_replayed(tmp_path):
     control.detach()
     result = run("replay", tmp_path / "run.jsonl")
     assert "must have every step" in result.stderr
+    assert (
+        "name must be None for a recording"
+        in run("replay", tmp_path / "run.jsonl", "--name", "loss").stderr
+    )
     for command in ("watch", "replay"):
         missing = run(command, tmp_path / "missing.jsonl")
         assert missing.exit_code == 1

@@ -7,7 +7,6 @@ Each command is a function in a file of its own, registered at the end of this o
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 try:
@@ -15,6 +14,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit('adaptlr: the command line needs typer; pip install "adaptlr[cli]"') from None
 
+from adaptlr import __version__
 from adaptlr.cli.bench import bench
 from adaptlr.cli.demo import demo
 from adaptlr.cli.doctor import doctor
@@ -34,7 +34,7 @@ app = typer.Typer(
 def print_version(wanted: bool) -> None:
     """Print the version and end, if that is what was asked for."""
     if wanted:
-        typer.echo(f"adaptlr {version('adaptlr')}")
+        typer.echo(f"adaptlr {__version__}")
         raise typer.Exit
 
 

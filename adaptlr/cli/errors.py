@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from typing import Any
 
 import typer
@@ -30,7 +33,15 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command and turn a `CommandError` into its line."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except CommandError as error:
             typer.echo(f"adaptlr: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # a pipe that was closed is the parser's to handle
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exiting complains
+            typer.echo("adaptlr: the output cannot be written: the disk is full", err=True)
+            raise typer.Exit(1) from None

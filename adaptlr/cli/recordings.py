@@ -17,5 +17,8 @@ def read_recording(path: Path) -> Recording:
 
     try:
         return read(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        why = f"{path} cannot be read: {error.strerror}" if error.strerror else str(error)
+        raise CommandError(why) from None
+    except ValueError as error:
         raise CommandError(str(error)) from None

@@ -84,15 +84,20 @@ def resolve(
     try:
         require(decay in DECAYS[:-1], "decay", f"one of {', '.join(DECAYS[:-1])}", decay)
         return ResolvedConfig(
-            total_steps=total_steps or curve.total_steps or len(curve.losses),
+            total_steps=_first(total_steps, curve.total_steps, len(curve.losses)),
             warmup=parse_warmup(warmup),
             decay=decay,
             min_lr_ratio=0.0,
             guard=Guard(mode=mode, sensitivity=sensitivity, max_restarts=max_restarts),
-            peaks=[lr or curve.lr or DEFAULT_LR],
+            peaks=[_first(lr, curve.lr, DEFAULT_LR)],
         )
     except (ValueError, TypeError) as error:
         raise CommandError(str(error), BAD_OPTION) from None
+
+
+def _first(*values: Any) -> Any:
+    """Return the first value that was given; 0 was, too, and is refused where it cannot be."""
+    return next(value for value in values if value is not None)
 
 
 def parse_warmup(text: str) -> float:

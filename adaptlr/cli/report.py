@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,9 @@ def report(
             from adaptlr.plot import plot
 
             figure = plot([(run.path.name, run.records, run.events) for run in runs])
-            figure.savefig(target)
+            picture = BytesIO()  # matplotlib does not notice that a disk is full
+            figure.savefig(picture, format=target.suffix.removeprefix(".") or "png")
+            target.write_bytes(picture.getvalue())
         else:
             from adaptlr.report import make_page
 

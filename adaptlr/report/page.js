@@ -74,7 +74,7 @@
 
   const valued = (series) => series.map((s) => ({ value: (_, v) => number(v), ...s }));
   const options = (host, height, series, more) => ({
-    width: host.clientWidth, height, padding: [14, several ? 14 : 10, 0, 0],
+    width: host.clientWidth, height, padding: [14, 18, 0, 0], // the last step is not cut off
     cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
     legend: { live: true },
     series: [{ label: "step", value: (_, v) => v == null ? "–" : v.toLocaleString("en") }, ...valued(series)],
@@ -88,6 +88,7 @@
 
   const build = () => {
     charts.forEach((chart) => chart.destroy());
+    tip.hidden = true;
     const [lossHeight, lrHeight, slopeHeight] = heights();
     const host = (id) => document.getElementById(id);
     const bands = runs.map((_, r) => ({ series: [4 * r + 2, 4 * r + 1], fill: faint(colorOf(r), 16) }));

@@ -45,7 +45,7 @@ def make(path: Path, steps: int) -> None:
         header = {"total_steps": steps, "peak": 1e-4, "decay": "cosine", "warmup_steps": 0}
         file.write(to_json({"format": FORMAT, "config": header}))
         for start in range(0, steps, BLOCK):
-            file.writelines(records_to_json(result.records[start : start + BLOCK], float(start)))
+            file.write(records_to_json(result.records[start : start + BLOCK], float(start)))
         file.writelines(to_json(event_line(event, 0.0)) for event in result.events)
 
 
