@@ -72,6 +72,7 @@ _ENTERED = {
     Phase.TEST: "test",
     Phase.PROBE: "probe",
     Phase.SHIFT: "shift",
+    Phase.RAISE: "raise",
     Phase.HOLD: "hold",
     Phase.REGROW: "regrow",
     Phase.FAILED: "failed",
@@ -279,6 +280,8 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
         + ("the state set aside is back, " if restored_slot(row) else "")
         + f"learning rate at {float(row['target_factor']):.3g} of its schedule as before"
     ),
+    "raise": lambda row, _: "raise",
+    "raised": lambda row, _: "raised",
     "probe": _probe,
     "back": lambda row, _: (
         "the loss is back with the snapshot's weights; the run goes on from them, at "

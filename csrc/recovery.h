@@ -26,6 +26,7 @@ constexpr double kSettledSamples = 12.0; // that a level and its noise need to b
 constexpr double kSeenSamples = 6.0;
 constexpr double kEarlyRamp = 12.0; // samples: an alarm before them began the ramp too high
 constexpr double kRampErrors = 2.5; // above the lowest level: the best of a ramp lies behind
+constexpr double kReached = 0.999;  // of the end of a ramp
 
 constexpr double kTrialCut = 4.0;
 constexpr double kTrialSamples = 20.0;
@@ -56,7 +57,8 @@ ADAPTLR_HOST_DEVICE inline bool is_in(Phase phase, const State& state) {
 }
 
 ADAPTLR_HOST_DEVICE inline bool is_ramp(const State& state) {
-  return is_in(Phase::kRescue, state) || is_in(Phase::kTest, state) || is_in(Phase::kSearch, state);
+  return is_in(Phase::kRescue, state) || is_in(Phase::kTest, state) ||
+         is_in(Phase::kSearch, state) || is_in(Phase::kRaise, state);
 }
 
 ADAPTLR_HOST_DEVICE inline void enter(Phase phase, double first_step, State& state) {
@@ -68,9 +70,15 @@ ADAPTLR_HOST_DEVICE inline bool has_snapshots(const Config& config) {
   return config.snapshot_slots > 0.0;
 }
 
-/// The slot of the two that holds no good snapshot.
+/// The slot of the two that holds no good snapshot, nor a state that a raised lr has yet to beat.
 ADAPTLR_HOST_DEVICE inline double spare_slot(const State& state) {
-  return state.good_slot == kFirst ? kSecond : kFirst;
+  return state.good_slot == kFirst || state.aside_slot == kFirst ? kSecond : kFirst;
+}
+
+/// Whether the run is at a raised lr that has yet to prove itself: the state from before is kept.
+ADAPTLR_HOST_DEVICE inline bool is_on_probation(const State& state) {
+  return state.aside_slot != kNoSlot && !is_in(Phase::kRaise, state) &&
+         !is_in(Phase::kTest, state) && !is_in(Phase::kProbe, state);
 }
 
 /// The schedule of this run: a restart takes the place of its warm-up, which begins after a search.
@@ -87,6 +95,7 @@ ADAPTLR_HOST_DEVICE inline double relative_lr(const Config& config, double log_l
 
 /// Where the user has changed the peak: rates that were seen stay what they are, and a lower peak
 /// needs no cut for what it lowers by itself. A higher one is the user's word against the guard's.
+/// Either takes the place of an lr that was searched for, or raised.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void follow_peak(const Config& config, State& state) {
   const double ratio = state.peak > 0.0 ? divide(state.peak, config.peak) : 1.0;
   const bool searched = config.search_steps >= 0.0 && ratio != 1.0; // what it found is overruled
@@ -95,6 +104,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void follow_peak(const Config& config, S
   state.cut_factor = smaller(1.0, state.cut_factor * relief);
   state.ceiling = smaller(1.0, state.ceiling * relief);
   state.trial_factor = smaller(1.0, state.trial_factor * relief);
+  if (ratio != 1.0 && is_on_probation(state))
+    state.aside_slot = kNoSlot;
   state.onset_lr *= ratio;
   state.first_lr *= ratio;
   state.ramp_lr *= ratio;
@@ -131,7 +142,9 @@ ADAPTLR_HOST_DEVICE inline void return_to_start(Phase phase, State& state, Decis
   state.origin_step = state.step + 1.0;
   state.restarted = 1.0;
   state.first_lr = 0.0;
-  state.pending_slot = state.good_slot = state.aside_slot = kNoSlot;
+  state.pending_slot = state.good_slot = kNoSlot;
+  if (is_in(Phase::kTest, state)) // has won; what a raise has set aside is still to be beaten
+    state.aside_slot = kNoSlot;
   enter(phase, state.step + 1.0, state);
   order(decision.save, kStart, decision);
 }
@@ -161,14 +174,19 @@ ADAPTLR_HOST_DEVICE inline bool is_vouched(const State& state) {
   return state.cut_factor <= kVouched * state.estimate;
 }
 
+/// What a restart makes up for: the share of the peak that the schedule leaves once re-warmed.
+ADAPTLR_HOST_DEVICE inline double schedule_left(const Config& config, const State& state) {
+  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
+  return larger(kLeastSchedule, schedule(config, resumes));
+}
+
 /// From kStart with another peak: `lr` is the one that is meant once re-warmed, so what the
 /// schedule has lost by then is made up for.
 ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& state,
                                         Decision& decision) {
-  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
-  const double left = larger(kLeastSchedule, schedule(config, resumes));
-  state.cut_factor = larger(least_factor(config, kLeastFactor),
-                            smaller(divide(lr, left), divide(state.cut_factor, kLeastCut)));
+  state.cut_factor = larger(
+      least_factor(config, kLeastFactor),
+      smaller(divide(lr, schedule_left(config, state)), divide(state.cut_factor, kLeastCut)));
   state.ceiling = state.cut_factor;
   state.cuts += 1.0;
   state.tested = 0.0;
@@ -287,6 +305,12 @@ ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double varian
   return p.fast_level - kTestErrors * p.noise * square_root(variance_factor * variance);
 }
 
+/// Whether a ramp has got lower than a run ever did.
+ADAPTLR_HOST_DEVICE inline bool gets_lower(const Progress& p, const Progress& run) {
+  return has_learned(p) &&
+         p.lowest_level < run.lowest_level - kTestErrors * level_error(p.lowest_noise);
+}
+
 /// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
 /// did, or clearly lower than where the run stands. Noise is as correlated on one side as on the
 /// other; where it seems more so, that is the loss wandering.
@@ -294,13 +318,10 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
                                          Decision& decision) {
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
-  const bool lower =
-      has_learned(p) &&
-      p.lowest_level < before.lowest_level - kTestErrors * level_error(p.lowest_noise);
   const bool better =
       p.count - p.lowest_age >= kSettledSamples &&
       highest_likely(p) < lowest_likely(before, smaller(p.variance_factor, before.variance_factor));
-  if (lower || better)
+  if (gets_lower(p, before) || better)
     return restart_below(config, p.lowest_log_lr, state, decision);
   const double level = p.lowest_evidence > kSureErrors ? highest_likely(p) : kNever;
   const double log_lr = p.lowest_log_lr;
@@ -326,7 +347,6 @@ ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, const Archi
 ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive& archive,
                                              const Reading& reading, State& state,
                                              Decision& decision) {
-  constexpr double kReached = 0.999;
   const Progress& p = state.fine;
   const double decade_steps = divide(kLnTen, logarithm(state.ramp_growth));
   if (is_in(Phase::kTest, state)) {
