@@ -10,7 +10,7 @@ namespace adaptlr {
 
 constexpr double kRaiseFrom = 1.5; // W': by then a run at a good lr has won more than kSlowShare
 constexpr double kRaiseUntil = 4.0;
-constexpr double kSlowShare = 0.05;  // of the first loss
+constexpr double kSlowShare = 0.15;  // of the first loss
 constexpr double kLeastRaise = 2.0;  // less is not worth a restart
 constexpr double kPastDecades = 0.5; // of a ramp, beyond its lowest level
 
