@@ -11,7 +11,6 @@ import math
 
 from adaptlr.reference_progress import Reading, coarse_progress
 from adaptlr.reference_recovery import (
-    DECADE_STEPS,
     NEVER,
     NOTHING,
     PAUSE_SAMPLES,
@@ -27,6 +26,7 @@ from adaptlr.reference_recovery import (
     return_to_aside,
     return_to_start,
     schedule_left,
+    test_decade_steps,
 )
 from adaptlr.reference_schedule import own_schedule
 from adaptlr.reference_state import Archive, Config, Phase, Progress, Slot, State
@@ -77,10 +77,11 @@ def calls_for_raise(config: Config, state: State, archive: Archive) -> bool:
 def begin_raise(config: Config, state: State, archive: Archive) -> Orders:
     """Set the present state aside and ramp up from the start, beginning at the LR in use."""
     lr = state.cut_factor * own_schedule(config, state)
+    steps = test_decade_steps(config, lr, config.max_factor, coarse_progress(config, state))
     state.restarts += 1
     state.good_slot = state.pending_slot = NOTHING
     archive[Slot.FIRST] = copy.deepcopy(state)
-    orders = begin_ramp(Phase.RAISE, lr, DECADE_STEPS * config.block_steps, state)
+    orders = begin_ramp(Phase.RAISE, lr, steps, state)
     state.aside_slot = Slot.FIRST
     return orders._replace(save=Slot.FIRST)
 
@@ -90,8 +91,9 @@ def advance_raise(config: Config, reading: Reading, state: State, archive: Archi
     half = 0.5 * math.log(10) / math.log(state.ramp_growth)
     is_past = state.fine.lowest_age + 0.5 >= half and reading.fast_rise > 2.5
     arrived = state.ramp_lr >= 0.999 * config.max_factor
-    if arrived or (is_past and has_learned(state.fine)):
-        return end_raise(config, arrived, state, archive)
+    passed = is_past and has_learned(state.fine)
+    if arrived or passed:
+        return end_raise(config, not passed, state, archive)
     return Orders()
 
 
@@ -100,14 +102,14 @@ def end_raise(config: Config, arrived: bool, state: State, archive: Archive) -> 
 
     Args:
         config: The run's settings.
-        arrived: Whether the ramp has come to its end without an alarm.
+        arrived: Whether the ramp has come to its end unharmed.
         state: Is changed.
         archive: The states beside the snapshots.
     """
     before = coarse_progress(config, archive[state.aside_slot])
     lr = shown_lr(config, state) if gets_lower(coarse_progress(config, state), before) else 0.0
     seen = has_learned(state.fine)
-    if arrived and not seen and state.estimate > 10 * config.max_factor:
+    if arrived and state.estimate > 10 * config.max_factor:
         lr = config.max_factor
     if lr < LEAST_RAISE:
         return undo_raise(config, state, archive)
@@ -132,11 +134,15 @@ def raise_to(config: Config, lr: float, state: State) -> Orders:
 
 
 def undo_raise(config: Config, state: State, archive: Archive) -> Orders:
-    """Take the state from before back, and its budget; it will not ask again."""
-    restarts = archive[state.aside_slot].restarts
+    """Take the state from before back, and its budget; it will not ask again.
+
+    What was set aside is the good snapshot from now on.
+    """
+    slot = state.aside_slot
+    restarts = archive[slot].restarts
     state.last_alarm = state.step
     orders = return_to_aside(state, archive)
-    state.restarts = restarts
+    state.restarts, state.good_slot = restarts, slot
     state.tested, state.ramp_level = 1.0, NEVER
     state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
     return orders

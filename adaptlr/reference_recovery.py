@@ -251,15 +251,20 @@ def advance_ramp(config: Config, reading: Reading, state: State, archive: Archiv
 # With the present state set aside.
 
 
+def test_decade_steps(config: Config, first: float, last: float, progress: Progress) -> float:
+    """Return the steps of a decade of LR on a ramp that is to get as far as the run has got."""
+    decades = max(0.5, math.log10(max(last / first, 1.0)))
+    steps = min(0.6 * progress.count * config.block_steps, 1.5 * config.chart_steps)
+    return max(DECADE_STEPS * config.block_steps, steps / decades)
+
+
 def begin_test(config: Config, state: State, archive: Archive) -> Orders:
-    """Ask from the start whether a lower LR gets lower; slowly enough to get as far as the run."""
+    """Ask from the start whether a lower LR gets lower."""
     progress = coarse_progress(config, state)
     known = has_learned(progress)
     lr = relative(config, progress.lowest_log_lr) if known else failed_lr(state)
     first, last = lr / RAMP_REACH, state.cut_factor * own_schedule(config, state)
-    decades = max(0.5, math.log10(max(last / first, 1.0)))
-    steps = min(0.6 * progress.count * config.block_steps, 1.5 * config.chart_steps)
-    decade_steps = max(DECADE_STEPS * config.block_steps, steps / decades)
+    decade_steps = test_decade_steps(config, first, last, progress)
     slot, good_slot = spare_slot(state), state.good_slot
     enter(Phase.RUN, state.step, state)
     archive[slot] = copy.deepcopy(state)

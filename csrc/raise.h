@@ -57,20 +57,25 @@ ADAPTLR_HOST_DEVICE inline bool calls_for_raise(const Config& config, const Arch
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_raise(const Config& config, const Archive& archive,
                                             State& state, Decision& decision) {
   const double lr = state.cut_factor * own_schedule(config, state);
+  const double steps =
+      test_decade_steps(config, lr, config.max_factor, coarse_progress(config, state));
   state.restarts += 1.0;
   state.good_slot = state.pending_slot = kNoSlot; // one of their places is needed, soon both
   archive.of(kFirst) = state;
   decision.save = kFirst;
-  begin_ramp(Phase::kRaise, lr, kDecadeSteps * config.block_steps, state, decision);
+  begin_ramp(Phase::kRaise, lr, steps, state, decision);
   state.aside_slot = kFirst;
 }
 
-/// The state from before comes back for good, and with it its budget.
+/// The state from before comes back for good, and with it its budget. As it was quiet, it is also the
+/// good snapshot from now on.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void undo_raise(const Config& config, const Archive& archive,
                                            State& state, Decision& decision) {
-  state.restarts = archive.of(state.aside_slot).restarts;
+  const double slot = state.aside_slot;
+  state.restarts = archive.of(slot).restarts;
   state.last_alarm = state.step; // makes it an event
   return_to_aside(archive, state, decision);
+  state.good_slot = slot;
   state.tested = 1.0;
   state.ramp_level = kNever;
   state.soft_step = state.step + kSoftPause * config.block_steps;
@@ -103,16 +108,14 @@ ADAPTLR_HOST_DEVICE inline void settle_raise(const Config& config, State& state,
 }
 
 /// The end of the ramp. A higher lr has won if it got lower than the run ever did. Where the ramp
-/// has arrived and changed nothing, the highest one allowed is still harmless, and nearer to what
-/// the first gradient suggests.
+/// has `arrived` unharmed, and the first gradient suggests a decade more, it is the highest allowed.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_raise(const Config& config, const Archive& archive,
                                           bool arrived, State& state, Decision& decision) {
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
-  const bool harmless = arrived && !has_learned(state.fine) &&
-                        state.estimate > kFarAbove * config.max_factor;
+  const bool unharmed = arrived && state.estimate > kFarAbove * config.max_factor;
   const double shown = gets_lower(p, before) ? shown_lr(config, state) : 0.0;
-  const double lr = harmless ? config.max_factor : shown;
+  const double lr = unharmed ? config.max_factor : shown;
   if (lr < kLeastRaise)
     return undo_raise(config, archive, state, decision);
   state.ramp_level = state.fine.lowest_level; // for the record
@@ -130,7 +133,7 @@ ADAPTLR_HOST_DEVICE inline void advance_raise(const Config& config, const Archiv
                       p.lowest_age + 0.5 >= kPastDecades * decade_steps;
   const bool arrived = state.ramp_lr >= kReached * config.max_factor;
   if (arrived || passed)
-    end_raise(config, archive, arrived, state, decision);
+    end_raise(config, archive, !passed, state, decision);
 }
 
 } // namespace adaptlr

@@ -137,7 +137,7 @@ ADAPTLR_HOST_DEVICE inline void order(int32_t save, int32_t restore, Decision& d
 }
 
 /// The next step begins from kStart.
-ADAPTLR_HOST_DEVICE inline void return_to_start(Phase phase, State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_start(Phase phase, State& state, Decision& decision) {
   forget_statistics(state);
   state.origin_step = state.step + 1.0;
   state.restarted = 1.0;
@@ -249,25 +249,30 @@ ADAPTLR_HOST_DEVICE inline void settle(const Config& config, const Progress& p, 
   restart(config, state.estimate > 0.0 ? smaller(lr, state.estimate) : lr, state, decision);
 }
 
+/// Steps of a decade of lr on a ramp that is to reach what the run has reached: the later, the more.
+ADAPTLR_HOST_DEVICE inline double test_decade_steps(const Config& config, double start, double end,
+                                                    const Progress& p) {
+  const double reach = larger(divide(end, start), 1.0);
+  const double decades = larger(0.5, divide(logarithm(reach), kLnTen));
+  const double taken = p.count * config.block_steps;
+  const double steps = smaller(0.6 * taken, 1.5 * config.chart_steps);
+  return larger(kDecadeSteps * config.block_steps, divide(steps, decades));
+}
+
 /// Asks the causal question from the start, with the present state set aside: does a lower lr get
-/// lower? A late test is slower, so that it can reach what the run has reached.
+/// lower?
 ADAPTLR_HOST_DEVICE inline void begin_test(const Config& config, const Archive& archive,
                                            State& state, Decision& decision) {
   const Progress p = coarse_progress(config, state);
   const double lr = has_learned(p) ? relative_lr(config, p.lowest_log_lr) : failed_lr(state);
   const double start = divide(lr, kRampReach);
   const double end = state.cut_factor * own_schedule(config, state);
-  const double reach = larger(divide(end, start), 1.0);
-  const double decades = larger(0.5, divide(logarithm(reach), kLnTen));
-  const double taken = p.count * config.block_steps;
-  const double steps = smaller(0.6 * taken, 1.5 * config.chart_steps);
   const double slot = spare_slot(state);
   enter(Phase::kRun, state.step, state);
   archive.of(slot) = state;
   decision.save = static_cast<int32_t>(slot);
   const double good_slot = state.good_slot;
-  begin_ramp(Phase::kTest, start, larger(kDecadeSteps * config.block_steps, divide(steps, decades)),
-             state, decision);
+  begin_ramp(Phase::kTest, start, test_decade_steps(config, start, end, p), state, decision);
   state.good_slot = good_slot;
   state.aside_slot = slot;
   state.restarts += 1.0;
@@ -279,7 +284,7 @@ ADAPTLR_HOST_DEVICE inline void go_on_as_before(double first_step, State& state)
 }
 
 /// Takes weights and statistics back that were set aside; the clock and the counts go on.
-ADAPTLR_HOST_DEVICE inline void return_to_aside(const Archive& archive, State& state,
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_aside(const Archive& archive, State& state,
                                                 Decision& decision) {
   const State now = state;
   state = archive.of(now.aside_slot);
