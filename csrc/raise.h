@@ -54,8 +54,8 @@ ADAPTLR_HOST_DEVICE inline bool calls_for_raise(const Config& config, const Arch
 }
 
 /// Sets the present state aside, and lets the lr grow from the start.
-ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_raise(const Config& config, const Archive& archive,
-                                            State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+begin_raise(const Config& config, const Archive& archive, State& state, Decision& decision) {
   const double lr = state.cut_factor * own_schedule(config, state);
   const double steps =
       test_decade_steps(config, lr, config.max_factor, coarse_progress(config, state));
@@ -67,10 +67,10 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_raise(const Config& config, c
   state.aside_slot = kFirst;
 }
 
-/// The state from before comes back for good, and with it its budget. As it was quiet, it is also the
-/// good snapshot from now on.
-ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void undo_raise(const Config& config, const Archive& archive,
-                                           State& state, Decision& decision) {
+/// The state from before comes back for good, and with it its budget. As it was quiet, it is also
+/// the good snapshot from now on.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+undo_raise(const Config& config, const Archive& archive, State& state, Decision& decision) {
   const double slot = state.aside_slot;
   state.restarts = archive.of(slot).restarts;
   state.last_alarm = state.step; // makes it an event
@@ -108,9 +108,11 @@ ADAPTLR_HOST_DEVICE inline void settle_raise(const Config& config, State& state,
 }
 
 /// The end of the ramp. A higher lr has won if it got lower than the run ever did. Where the ramp
-/// has `arrived` unharmed, and the first gradient suggests a decade more, it is the highest allowed.
+/// has `arrived` unharmed, and the first gradient suggests a decade more, it is the highest
+/// allowed.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_raise(const Config& config, const Archive& archive,
-                                          bool arrived, State& state, Decision& decision) {
+                                                       bool arrived, State& state,
+                                                       Decision& decision) {
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
   const bool unharmed = arrived && state.estimate > kFarAbove * config.max_factor;

@@ -137,7 +137,8 @@ ADAPTLR_HOST_DEVICE inline void order(int32_t save, int32_t restore, Decision& d
 }
 
 /// The next step begins from kStart.
-ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_start(Phase phase, State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_start(Phase phase, State& state,
+                                                             Decision& decision) {
   forget_statistics(state);
   state.origin_step = state.step + 1.0;
   state.restarted = 1.0;
@@ -184,9 +185,9 @@ ADAPTLR_HOST_DEVICE inline double schedule_left(const Config& config, const Stat
 /// schedule has lost by then is made up for.
 ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& state,
                                         Decision& decision) {
-  state.cut_factor = larger(
-      least_factor(config, kLeastFactor),
-      smaller(divide(lr, schedule_left(config, state)), divide(state.cut_factor, kLeastCut)));
+  state.cut_factor =
+      larger(least_factor(config, kLeastFactor), smaller(divide(lr, schedule_left(config, state)),
+                                                         divide(state.cut_factor, kLeastCut)));
   state.ceiling = state.cut_factor;
   state.cuts += 1.0;
   state.tested = 0.0;
@@ -249,7 +250,8 @@ ADAPTLR_HOST_DEVICE inline void settle(const Config& config, const Progress& p, 
   restart(config, state.estimate > 0.0 ? smaller(lr, state.estimate) : lr, state, decision);
 }
 
-/// Steps of a decade of lr on a ramp that is to reach what the run has reached: the later, the more.
+/// Steps of a decade of lr on a ramp that is to reach what the run has reached: the later, the
+/// more.
 ADAPTLR_HOST_DEVICE inline double test_decade_steps(const Config& config, double start, double end,
                                                     const Progress& p) {
   const double reach = larger(divide(end, start), 1.0);
@@ -285,7 +287,7 @@ ADAPTLR_HOST_DEVICE inline void go_on_as_before(double first_step, State& state)
 
 /// Takes weights and statistics back that were set aside; the clock and the counts go on.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_aside(const Archive& archive, State& state,
-                                                Decision& decision) {
+                                                             Decision& decision) {
   const State now = state;
   state = archive.of(now.aside_slot);
   state.step = now.step;

@@ -227,14 +227,14 @@ struct State : Statistics {
   double ramp_log_lr;           // its ln lr
   double probe_sum;             // of the probe's votes: above 0 for other data
   double collapsed;             // 1: progress was lost early in a run, which the probe explains
-  double aside_slot;            // where the state lies that was set aside, or is to be beaten; a Slot
-  double good_slot;             // the newest snapshot that has aged well; a Slot
-  double pending_slot;          // the one that still ages; a Slot
-  double pending_step;          // when it was taken
-  double peak;                  // config.peak of the last step; 0 before the first
-  double estimate;              // lr / peak that the first gradient suggests; 0: none. Before the
-                                // first step: that lr for a loss of 1
-  double warmup_start;          // the step that followed the search; 0: there was none
+  double aside_slot;   // where the state lies that was set aside, or is to be beaten; a Slot
+  double good_slot;    // the newest snapshot that has aged well; a Slot
+  double pending_slot; // the one that still ages; a Slot
+  double pending_step; // when it was taken
+  double peak;         // config.peak of the last step; 0 before the first
+  double estimate;     // lr / peak that the first gradient suggests; 0: none. Before the
+                       // first step: that lr for a loss of 1
+  double warmup_start; // the step that followed the search; 0: there was none
 };
 constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 38;
 static_assert(sizeof(State) == kStateFields * sizeof(double),
@@ -254,8 +254,9 @@ struct Decision {
 };
 
 /// One line of the flight record. 128 bytes: a whole number of cache lines. With kFarLr and kFound,
-/// and where kRaise begins or ends, `score` is the peak, `rise` the one that the first gradient suggests, and `cusum` the lr at the
-/// lowest level of the ramp, which is `level` then; 0: there is none.
+/// and where kRaise begins or ends, `score` is the peak, `rise` the one that the first gradient
+/// suggests, and `cusum` the lr at the lowest level of the ramp, which is `level` then; 0: there is
+/// none.
 struct Record {
   int64_t sequence; // counts records from 1; 0: never written
   int64_t step;     // t
