@@ -153,6 +153,7 @@ ADAPTLR_HOST_DEVICE inline bool is_snapshot_due(const Config& config, const Read
 ADAPTLR_HOST_DEVICE inline void take_snapshot(const Archive& archive, State& state,
                                               Decision& decision) {
   if (state.pending_slot != kNoSlot) {
+    state.aside_slot = kNoSlot; // a raised lr has proved itself
     state.good_slot = state.pending_slot;
     state.restarts = larger(0.0, state.restarts - kForgiven);
   }
@@ -162,32 +163,15 @@ ADAPTLR_HOST_DEVICE inline void take_snapshot(const Archive& archive, State& sta
   decision.save = static_cast<int32_t>(state.pending_slot);
 }
 
-/// A snapshot is due. What is set aside in a raise takes its place; and one that has aged decides
-/// whether a raised lr is kept.
+/// A snapshot is due: what a raise sets aside is one, and one that has aged decides about a raise.
 ADAPTLR_HOST_DEVICE inline void keep_state(const Config& config, const Archive& archive,
                                            State& state, Decision& decision) {
   if (calls_for_raise(config, archive, state))
-    return begin_raise(config, archive, state, decision);
-  if (is_on_probation(state) && state.pending_slot != kNoSlot) {
-    const Progress before = coarse_progress(config, archive.of(state.aside_slot));
-    if (!gets_lower(coarse_progress(config, state), before))
-      return undo_raise(config, archive, state, decision);
-    state.aside_slot = kNoSlot;
-  }
-  take_snapshot(archive, state, decision);
-}
-
-/// A soft alarm. Below what the first gradient suggests it asks for a higher lr; at a raised one
-/// that has learned nothing, for the one from before.
-ADAPTLR_HOST_DEVICE inline void answer_doubt(const Config& config, const Archive& archive,
-                                             int32_t flags, const Reading& reading, State& state,
-                                             Decision& decision) {
-  if (may_raise(config, state) && is_far_below(state) && is_slow(state.fine))
     begin_raise(config, archive, state, decision);
-  else if (!is_on_probation(state))
-    experiment(config, archive, flags, reading, state, decision);
-  else if (reading.gain < kNoProgressErrors)
+  else if (is_disproved(config, archive, state))
     undo_raise(config, archive, state, decision);
+  else
+    take_snapshot(archive, state, decision);
 }
 
 ADAPTLR_HOST_DEVICE inline bool may_experiment(const Config& config, int32_t flags,

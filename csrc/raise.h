@@ -138,4 +138,25 @@ ADAPTLR_HOST_DEVICE inline void advance_raise(const Config& config, const Archiv
     end_raise(config, archive, !passed, state, decision);
 }
 
+/// Whether a raised run has had its time, and is no lower than the run from before.
+ADAPTLR_HOST_DEVICE inline bool is_disproved(const Config& config, const Archive& archive,
+                                             const State& state) {
+  return is_on_probation(state) && state.pending_slot != kNoSlot &&
+         !gets_lower(coarse_progress(config, state),
+                     coarse_progress(config, archive.of(state.aside_slot)));
+}
+
+/// A soft alarm. Below what the first gradient suggests it asks for a higher lr; at a raised one
+/// that has learned nothing, for the one from before.
+ADAPTLR_HOST_DEVICE inline void answer_doubt(const Config& config, const Archive& archive,
+                                             int32_t flags, const Reading& reading, State& state,
+                                             Decision& decision) {
+  if (may_raise(config, state) && is_far_below(state) && is_slow(state.fine))
+    begin_raise(config, archive, state, decision);
+  else if (!is_on_probation(state))
+    experiment(config, archive, flags, reading, state, decision);
+  else if (reading.gain < kNoProgressErrors)
+    undo_raise(config, archive, state, decision);
+}
+
 } // namespace adaptlr
