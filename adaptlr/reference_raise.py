@@ -109,7 +109,7 @@ def end_raise(config: Config, arrived: bool, state: State, archive: Archive) -> 
     before = coarse_progress(config, archive[state.aside_slot])
     lr = shown_lr(config, state) if gets_lower(coarse_progress(config, state), before) else 0.0
     seen = has_learned(state.fine)
-    if arrived and state.estimate > 10 * config.max_factor:
+    if arrived and state.estimate > 3 * config.max_factor:
         lr = config.max_factor
     if lr < LEAST_RAISE:
         return undo_raise(config, state, archive)

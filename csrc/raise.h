@@ -115,7 +115,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_raise(const Config& config, con
                                                        Decision& decision) {
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
-  const bool unharmed = arrived && state.estimate > kFarAbove * config.max_factor;
+  const bool unharmed = arrived && state.estimate > kVouched * config.max_factor;
   const double shown = gets_lower(p, before) ? shown_lr(config, state) : 0.0;
   const double lr = unharmed ? config.max_factor : shown;
   if (lr < kLeastRaise)
