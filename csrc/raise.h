@@ -108,8 +108,7 @@ ADAPTLR_HOST_DEVICE inline void settle_raise(const Config& config, State& state,
 }
 
 /// The end of the ramp. A higher lr has won if it got lower than the run ever did. Where the ramp
-/// has `arrived` unharmed, and the first gradient suggests a decade more, it is the highest
-/// allowed.
+/// has `arrived` unharmed, and the first gradient suggests far more, it is the highest allowed.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_raise(const Config& config, const Archive& archive,
                                                        bool arrived, State& state,
                                                        Decision& decision) {

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from closed_loop import PEAK, Model, Scenario, jump, steps_from
-from test_update import assert_same, moves_of, run_loop, run_reference
+from test_update import (
+    assert_close,
+    assert_same,
+    moves_of,
+    run_loop,
+    run_reference,
+    to_structured,
+)
 
 import adaptlr
 from adaptlr import Guard, Search, _extension
@@ -198,22 +206,24 @@ def test_events_tell_why_a_rate_was_raised_and_why_not(name, kind, reason):
 TYPED = 5e-5
 
 
-def train(guard: Guard, peak_at: int | None = None) -> tuple[adaptlr.AdaptiveLR, float]:
+def train(
+    guard: Guard, set_at: int | None = None, device: str = "cpu", **options: Any
+) -> tuple[adaptlr.AdaptiveLR, float]:
     """Fit a line at a rate far too low; return the controller and the last loss."""
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 1)
-    target = torch.randn(8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=TYPED, momentum=0.9)
+    target = torch.randn(8).to(device)
+    optimizer = torch.optim.SGD(model.to(device).parameters(), lr=TYPED, momentum=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rate is far off, and said to be
-        controller = adaptlr.AdaptiveLR(optimizer, STEPS, guard=guard)
+        controller = adaptlr.AdaptiveLR(optimizer, STEPS, guard=guard, **options)
         for step in range(STEPS):
-            inputs = torch.randn(512, 8)
+            inputs = torch.randn(512, 8).to(device)
             loss = (model(inputs).squeeze(1) - inputs @ target).square().mean()
             loss.backward()
             controller.step(loss)
             controller.zero_grad()
-            if step == peak_at:
+            if step == set_at:
                 controller.set_peak(1e-3)
     return controller, float(loss.detach())
 
@@ -229,7 +239,7 @@ def test_a_run_at_a_rate_far_too_low_learns_with_a_raise_and_not_without():
 
 def test_a_peak_that_is_set_takes_the_place_of_a_raised_one():
     raised = next(e.step for e in train(Guard(max_factor=100.0))[0].events() if e.kind == "raised")
-    controller, _ = train(Guard(max_factor=100.0), peak_at=raised + 5)
+    controller, _ = train(Guard(max_factor=100.0), set_at=raised + 5)
     state = controller._path.state()
     assert state["cut_factor"] == 1
     assert controller.history()["lr"][raised + 7 :].max() <= 1e-3
@@ -243,9 +253,7 @@ def test_a_ramp_without_its_snapshots_ends_with_what_it_has_shown():
     scenario = Scenario(model, (), {**ALLOWED, **settings})
     config, _, (records, states) = run_loop(scenario, STEPS, estimate)
     ramp = np.flatnonzero(records["phase"] == Phase.RAISE)
-    row = np.zeros((), dtype=_extension.config_dtype)
-    for field in dataclasses.fields(config):
-        row[field.name] = 0 if field.name in ("peaks", "table") else getattr(config, field.name)
+    row, _ = to_structured(config)
     early, late = (
         _extension.resumed(row, states[step : step + 1].reshape(())) for step in (ramp[3], ramp[-1])
     )
@@ -279,3 +287,45 @@ def test_a_raise_is_refused_where_it_has_no_place(options, why):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     with pytest.raises(ValueError, match=f"^max_factor must be 1 with {why}, got 10.0$"):
         adaptlr.AdaptiveLR(optimizer, 100, guard=Guard(max_factor=10.0), **options)
+
+
+# On a CUDA device.
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["estimate", "losses_alone", "less", "spent", "not_lower"])
+def test_the_kernel_raises_as_the_host_does(name):
+    from test_cuda import KERNEL_RTOL, Device, stream
+
+    model, estimate, settings, _, _ = CASES[name]
+    scenario = Scenario(model, (), {**ALLOWED, **settings})
+    config, signals, (records, states) = run_loop(scenario, STEPS, estimate)
+    row, _ = to_structured(config)
+    device = Device(row, 1024)
+    state = _extension.initial_state()
+    state["estimate"] = estimate
+    device.core.configure(stream(), state=state)
+    losses = torch.tensor([each.loss for each in signals], dtype=torch.float64, device="cuda")
+    for index in range(STEPS):
+        address = losses.data_ptr() + 8 * index
+        device.core.step(stream(), address, _extension.FLOAT64, True)
+    torch.cuda.synchronize()
+    actual = device.core.records()
+    for field in records.dtype.names[:-1]:  # the checksum is of the last bits too
+        assert_close(actual[field], records[field], field, 1.0, KERNEL_RTOL)
+    last = device.state().reshape(1)
+    for field in last.dtype.names:
+        assert_close(last[field], states[-1:][field], field, 1.0, KERNEL_RTOL)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device_path", ["fused", "float"])
+def test_a_run_on_the_device_is_raised_as_on_the_cpu(device_path):
+    host, _ = train(Guard(max_factor=100.0))
+    device, low = train(Guard(max_factor=100.0), device="cuda", device_path=device_path)
+    device.detach()  # waits for the device
+    kinds = [[event.kind for event in each.events()] for each in (host, device)]
+    assert kinds[0] == kinds[1]
+    factors = [each.history()["target_factor"][-1] for each in (host, device)]
+    assert factors[1] == pytest.approx(factors[0], rel=0.3)  # lr as a number is a step late
+    assert low < 0.5
