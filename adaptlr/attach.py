@@ -103,6 +103,16 @@ def resolve_search(
     return search
 
 
+def refuse_raise(lr: float | str | None, guard: Guard | None, snapshot: str) -> None:
+    """Refuse a `Guard` that may raise the rate where it never could."""
+    if not isinstance(guard, Guard) or guard.max_factor == 1.0:
+        return
+    typed, undoable = lr != "auto", snapshot != "off"
+    require(typed, "max_factor", "1 with lr='auto', which finds the rate", guard.max_factor)
+    accepted = "1 with snapshot='off', without which a raise could not be undone"
+    require(undoable, "max_factor", accepted, guard.max_factor)
+
+
 def first_device(optimizer: torch.optim.Optimizer) -> torch.device:
     """Return the device of the first parameter."""
     for group in optimizer.param_groups:

@@ -68,6 +68,9 @@ class Guard:
             warm-up (or 5 % of the run, if longer), between 10 and 200.
         hold_steps: Quiet steps before the learning rate regrows; ``None``: 5 % of the run, between
             20 and 500.
+        max_factor: How far the learning rate of a run that learns too slowly may be raised above
+            the typed one, as a multiple of it, in [1, 10000]; 1: never. 100 is a good value where
+            it may be much too low. Needs a guard that acts, a typed rate and snapshots.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -80,6 +83,7 @@ class Guard:
     sensitivity: float = 1.0
     rewarm_steps: int | None = None
     hold_steps: int | None = None
+    max_factor: float = 1.0
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -88,6 +92,9 @@ class Guard:
         _require_count("max_consecutive_skips", self.max_consecutive_skips, 1)
         _require_count("max_restarts", self.max_restarts, 1)
         require(0.5 <= self.sensitivity <= 2.0, "sensitivity", "in [0.5, 2]", self.sensitivity)
+        require(1.0 <= self.max_factor <= 1e4, "max_factor", "in [1, 10000]", self.max_factor)
+        acts = self.mode == "act" or self.max_factor == 1.0
+        require(acts, "max_factor", "1 with mode='observe', which never acts", self.max_factor)
         for name in ("rewarm_steps", "hold_steps"):
             value = getattr(self, name)
             if value is not None:
@@ -338,6 +345,7 @@ class ResolvedConfig:
         row["block_steps"] = math.ceil(chart_steps / 40) if chart_steps > 100 else 1
         row["sensitivity"] = guard.sensitivity
         row["max_restarts"] = guard.max_restarts
+        row["max_factor"] = guard.max_factor
         row["snapshot_steps"] = _clip(0.02 * total_steps, 32, 1000)
         row["rewarm_steps"] = guard.rewarm_steps or _clip(0.5 * chart_steps, 10, 200)
         row["hold_steps"] = guard.hold_steps or _clip(0.05 * total_steps, 20, 500)

@@ -14,7 +14,13 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from adaptlr import compiled
-from adaptlr.attach import choose_path, refuse_unavailable, resolve_plan, resolve_search
+from adaptlr.attach import (
+    choose_path,
+    refuse_raise,
+    refuse_unavailable,
+    resolve_plan,
+    resolve_search,
+)
 from adaptlr.attachment import FAILED, Attachment
 from adaptlr.checkpoint import KEY, unpack
 from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
@@ -159,6 +165,7 @@ class AdaptiveLR:
             save_snapshots,
         )
         _check_callables(model, on_event=on_event, on_rollback=on_rollback)
+        refuse_raise(lr, guard, snapshot)
         plan = resolve_plan(self._optimizer, lr, warmup, decay, total_steps)
         loaded = self._optimizer.param_groups[0].get(KEY)  # a checkpoint that came before us
         if loaded is not None and lr is None:

@@ -24,9 +24,9 @@ class Event:
         step: The optimizer step, from 0, at which it happened.
         kind: ``"skip"``, ``"overflow"``, ``"alarm"`` (noticed, not acted on), ``"cut"``,
             ``"restart"``, ``"rescue"``, ``"trial"``, ``"kept"``, ``"test"``, ``"undone"``,
-            ``"probe"``, ``"back"``, ``"shift"``, ``"hold"``, ``"regrow"``, ``"run"``, ``"failed"``,
-            ``"far_lr"``, ``"search"``, ``"found"``, ``"ended"``, ``"resume"``, ``"extend"`` or
-            ``"set_peak"``.
+            ``"raise"``, ``"raised"``, ``"probe"``, ``"back"``, ``"shift"``, ``"hold"``,
+            ``"regrow"``, ``"run"``, ``"failed"``, ``"far_lr"``, ``"search"``, ``"found"``,
+            ``"ended"``, ``"resume"``, ``"extend"`` or ``"set_peak"``.
         reason: One sentence with the numbers.
         lr: Learning rate of the largest group in that step.
         factor: What the guard multiplies the scheduled rate by, once re-warmed; after a search, the
@@ -72,11 +72,12 @@ _ENTERED = {
     Phase.TEST: "test",
     Phase.PROBE: "probe",
     Phase.SHIFT: "shift",
+    Phase.RAISE: "raise",
     Phase.HOLD: "hold",
     Phase.REGROW: "regrow",
     Phase.FAILED: "failed",
 }
-_LEFT = {Phase.TEST: "undone", Phase.PROBE: "shift"}
+_LEFT = {Phase.TEST: "undone", Phase.RAISE: "undone", Phase.PROBE: "shift"}
 
 
 def _kind(row: Row, factor: float) -> str:
@@ -88,7 +89,7 @@ def _kind(row: Row, factor: float) -> str:
     if phase in _ENTERED and (phase != previous or restored):
         return _ENTERED[phase]
     if phase is Phase.REWARM and restored:
-        return "restart"
+        return "raised" if previous is Phase.RAISE else "restart"
     if phase is Phase.REWARM and (phase != previous or flags & ALARMS):
         return "cut"
     if phase is Phase.RUN and previous is Phase.TRIAL:
@@ -97,6 +98,8 @@ def _kind(row: Row, factor: float) -> str:
         return "back"
     if phase is Phase.RUN and previous in _LEFT:
         return _LEFT[previous]
+    if phase is Phase.RUN and restored:  # the state from before a raise
+        return "undone"
     return _kind_within_a_phase(row, flags, phase != previous)
 
 
@@ -170,6 +173,50 @@ def _restart(row: Row, factor: float) -> str:
         f"{what}; {_restored(row)}, learning rate set to {float(row['target_factor']):.3g} of its "
         f"schedule (it stood at {factor:.3g}) and warmed up again"
     )
+
+
+def _raise(row: Row, _: float) -> str:
+    typed, suggested = float(row["score"]), float(row["rise"])
+    began = Flag(int(row["flags"])) & Flag.NO_PROGRESS
+    slope = f"slope {float(row['slope']):.2g} a step, t-statistic {float(row['t_statistic']):.1f}"
+    what = "the loss is where it began" if began else "the loss falls slowly"
+    why = (
+        f"the first gradient suggests {suggested:.2g}, {suggested / typed:.0f} times the rate"
+        if suggested
+        else "no slower than at first"
+    )
+    return (
+        f"{what} ({_level(row)}, {slope}), and {why}; the present state is set aside, "
+        f"{_restored(row)}, learning rate grows from {float(row['lr']):.2g} to see whether a "
+        "higher one gets lower"
+    )
+
+
+def _raised(row: Row, factor: float) -> str:
+    suggested, lowest = float(row["rise"]), float(row["cusum"])
+    what = (
+        f"on the ramp the loss was lowest, {float(row['level']):.4g}, at lr {lowest:.2g}"
+        if lowest
+        else "the ramp has changed nothing yet"
+    )
+    gradient = f", and the first gradient suggests {suggested:.2g}" if suggested else ""
+    return (
+        f"{what}{gradient}; {_restored(row)}, learning rate set to "
+        f"{float(row['target_factor']):.3g} of its schedule (it stood at {factor:.3g}) and warmed "
+        "up; the state set aside is kept until the loss is lower than there"
+    )
+
+
+def _undone(row: Row, _: float) -> str:
+    previous = Phase(int(row["previous_phase"]))
+    what = {
+        Phase.TRIAL: "the lower learning rate got no lower",
+        Phase.TEST: "the lower learning rate got no lower",
+        Phase.RAISE: _seen(row) or "a higher learning rate got no lower",
+    }.get(previous, _seen(row) or "the raised learning rate got no lower")
+    back = "the state set aside is back, " if restored_slot(row) else ""
+    factor = float(row["target_factor"])
+    return f"{what}; {back}learning rate at {factor:.3g} of its schedule as before"
 
 
 def _probe(row: Row, _: float) -> str:
@@ -274,11 +321,9 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
         f"{_restored(row)}, learning rate grows from {float(row['lr']):.2g} to see whether a lower "
         "one gets lower"
     ),
-    "undone": lambda row, _: (
-        "the lower learning rate got no lower; "
-        + ("the state set aside is back, " if restored_slot(row) else "")
-        + f"learning rate at {float(row['target_factor']):.3g} of its schedule as before"
-    ),
+    "undone": _undone,
+    "raise": _raise,
+    "raised": _raised,
     "probe": _probe,
     "back": lambda row, _: (
         "the loss is back with the snapshot's weights; the run goes on from them, at "

@@ -49,9 +49,9 @@ class LateFloatPath(DevicePath):
                 "freeze: leave optimizer.step() out of the capture, or take an optimizer that "
                 "reads lr on the device (docs/optimizers.md)"
             )
-        # A search goes back to the start: its last rate, the highest, must not be applied there.
-        searches = self._clock <= self._config.search_steps + 1
-        self.core.wait(1 if searches else LATE_FLOAT_LAG)
+        # The highest rate of a search or a raise must not be applied where that goes back to.
+        climbs = self._clock <= self._config.search_steps + 1 or self._config.row["max_factor"] > 1
+        self.core.wait(1 if climbs else LATE_FLOAT_LAG)
         self._factor = self.core.factor
         overwritten = any(
             group["lr"] is not lr for group, lr in zip(groups, self._written, strict=True)

@@ -20,7 +20,7 @@ COLORS = ("#2563c9", "#c9541b", "#14866d", "#8b3fb5", "#a8901a", "#c2366f")
 KIND_COLORS = {
     **dict.fromkeys(("skip", "overflow", "alarm"), "#a86400"),
     **dict.fromkeys(("cut", "restart", "rescue", "failed"), "#c2362b"),
-    **dict.fromkeys(("run", "kept", "regrow"), "#1a7f4b"),
+    **dict.fromkeys(("run", "kept", "raised", "regrow"), "#1a7f4b"),
 }
 _OTHER_KINDS = "#7b8494"
 _REACH = (

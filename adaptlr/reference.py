@@ -145,7 +145,8 @@ def record_after_guard(
     """Add what was done about it; an event of the collapse charts shows what they saw."""
     if decision.event and reading.flags:
         record = record._replace(level=reading.level, scale=reading.noise, rise=reading.rise)
-    if decision.flags & (Flag.FAR_LR | Flag.FOUND):
+    raises = (record.previous_phase == Phase.RAISE) != (state.phase == Phase.RAISE)
+    if raises or decision.flags & (Flag.FAR_LR | Flag.FOUND):
         chosen, suggested = config.peak * state.cut_factor, config.peak * state.estimate
         record = record._replace(score=chosen, rise=suggested, cusum=0.0)
         if state.ramp_log_lr:
@@ -306,6 +307,7 @@ def default_config(total_steps: int, peak: float, **overrides: Any) -> Config:
         block_steps=math.ceil(chart_steps / 40) if chart_steps > 100 else 1,
         sensitivity=1.0,
         max_restarts=8,
+        max_factor=1.0,
         search_steps=-1,
         peak=peak,
         peaks=(peak,),

@@ -7,6 +7,19 @@ import math
 
 from adaptlr.reference_detector import is_finite, rebase
 from adaptlr.reference_progress import Reading
+from adaptlr.reference_raise import (
+    advance_raise,
+    begin_raise,
+    calls_for_raise,
+    end_raise,
+    has_failed,
+    is_far_below,
+    is_on_probation,
+    is_slow,
+    may_raise,
+    prove_raise,
+    undo_raise,
+)
 from adaptlr.reference_recovery import (
     NEVER,
     NOTHING,
@@ -85,6 +98,8 @@ def guard(
         orders = answer_alarm(config, signals, alarms, state, archive)
     else:
         orders = go_on(config, signals, flags, reading, state, archive)
+    if has_failed(state):
+        orders = undo_raise(config, state, archive)
     return orders._replace(skip=orders.skip or bool(flags & broken)), found
 
 
@@ -145,6 +160,8 @@ def answer_alarm(
         return fail(state, state.aside_slot or state.good_slot or Slot.START)
     if state.phase == Phase.TRIAL:
         state.cut_factor = state.trial_factor
+    if state.phase == Phase.RAISE:
+        return end_raise(config, False, state, archive)
     if is_ramp(state):
         return answer_on_ramp(config, state, archive)
     if state.good_slot:
@@ -242,6 +259,8 @@ def go_on(
         return return_to_aside(state, archive)  # of good weights: the data is broken
     if state.phase == Phase.PROBE:
         return advance_probe(config, signals, state, archive) if measured else Orders()
+    if state.phase == Phase.RAISE:
+        return advance_raise(config, reading, state, archive) if measured else Orders()
     if is_ramp(state):
         return advance_ramp(config, reading, state, archive) if measured else Orders()
     if state.phase == Phase.TRIAL:
@@ -251,10 +270,21 @@ def go_on(
     if config.guard_mode == GuardMode.ACT:
         advance_phase(config, state)
     if measured and may_experiment(config, flags, state):
-        return experiment(config, flags, reading, state, archive)
+        return answer_doubt(config, flags, reading, state, archive)
     if measured and is_snapshot_due(config, state):
         return keep_snapshot(config, reading, state, archive)
     return Orders()
+
+
+def answer_doubt(
+    config: Config, flags: Flag, reading: Reading, state: State, archive: Archive
+) -> Orders:
+    """Answer a soft alarm: with a raise, the end of one, or an experiment."""
+    if may_raise(config, state) and is_far_below(state) and is_slow(state.fine):
+        return begin_raise(config, state, archive)
+    if not is_on_probation(state):
+        return experiment(config, flags, reading, state, archive)
+    return undo_raise(config, state, archive) if reading.gain < 1 else Orders()
 
 
 def advance_probe(config: Config, signals: Signals, state: State, archive: Archive) -> Orders:
@@ -352,6 +382,11 @@ def keep_snapshot(config: Config, reading: Reading, state: State, archive: Archi
     quiet = state.cusum < 4 and reading.fast_rise < 3 and state.phase != Phase.REWARM
     if not quiet or state.fine.count < config.snapshot_steps:
         return Orders()
+    if calls_for_raise(config, state, archive):
+        return begin_raise(config, state, archive)
+    undone = prove_raise(config, state, archive)
+    if undone is not None:
+        return undone
     if state.pending_slot:
         state.good_slot = state.pending_slot
         state.restarts = max(0.0, state.restarts - FORGIVEN)
@@ -376,7 +411,8 @@ def multiplier(config: Config, state: State) -> float:
         return 0.0
     if state.phase == Phase.SEARCH:
         return state.ramp_lr
-    if state.phase == Phase.RESCUE:
-        return min(state.ramp_lr, state.ramp_limit)
+    if state.phase in (Phase.RESCUE, Phase.RAISE):
+        limit = state.ramp_limit if state.phase == Phase.RESCUE else config.max_factor
+        return min(state.ramp_lr, limit)
     scheduled = rewarmed_factor(config, state) * own_schedule(config, state)
     return min(state.ramp_lr, scheduled) if state.phase == Phase.TEST else scheduled

@@ -52,19 +52,20 @@ def enter(phase: Phase, first_step: float, state: State) -> None:
 
 def is_ramp(state: State) -> bool:
     """Say whether the LR grows by itself, up from far below."""
-    return state.phase in (Phase.RESCUE, Phase.TEST, Phase.SEARCH)
+    return state.phase in (Phase.RESCUE, Phase.TEST, Phase.SEARCH, Phase.RAISE)
 
 
 def spare_slot(state: State) -> Slot:
-    """Return the one of the two slots that holds no good snapshot."""
-    return Slot.SECOND if state.good_slot == Slot.FIRST else Slot.FIRST
+    """Return the one of the two slots that holds nothing to go back to."""
+    return Slot.SECOND if Slot.FIRST in (state.good_slot, state.aside_slot) else Slot.FIRST
 
 
 def follow_peak(config: Config, state: State) -> None:
     """Where the user has changed the peak, keep the rates that were seen what they are.
 
     A lower peak needs no cut for what it lowers by itself. A higher one is the user's word against
-    the guard's. After a search any peak is: it takes the place of the one that was found.
+    the guard's. After a search any peak is: it takes the place of the one that was found; and so it
+    does after a raise, from which nothing is kept any more.
     """
     ratio = state.peak / config.peak if state.peak else 1.0
     relief = max(1.0, ratio)
@@ -76,6 +77,8 @@ def follow_peak(config: Config, state: State) -> None:
         setattr(state, name, getattr(state, name) * ratio)
     if state.step:
         state.estimate *= ratio
+    if ratio != 1 and state.phase not in (Phase.RAISE, Phase.TEST, Phase.PROBE):
+        state.aside_slot = NOTHING
     state.peak = config.peak
 
 
@@ -130,7 +133,9 @@ def return_to_start(phase: Phase, state: State) -> Orders:
     forget_statistics(state)
     state.origin_step = state.step + 1
     state.restarted, state.first_lr = 1.0, 0.0
-    state.pending_slot = state.good_slot = state.aside_slot = NOTHING
+    state.pending_slot = state.good_slot = NOTHING
+    if state.phase == Phase.TEST:  # it has won; a raise has yet to beat what it has set aside
+        state.aside_slot = NOTHING
     enter(phase, state.step + 1, state)
     return Orders(skip=True, restore=Slot.START)
 
@@ -158,10 +163,15 @@ def agreed(lr: float, state: State) -> float:
     return math.sqrt(lr * min(max(state.estimate, lr / 10), 10 * lr)) if state.estimate else lr
 
 
+def schedule_left(config: Config, state: State) -> float:
+    """Return what the schedule leaves once re-warmed, as far as a restart makes up for it."""
+    resumes = max(state.step + config.rewarm_steps, config.warmup_steps)
+    return max(0.2, schedule(config, resumes))
+
+
 def restart(config: Config, lr: float, state: State) -> Orders:
     """Go back to the start for an LR that holds once re-warmed, at most half of the present one."""
-    resumes = max(state.step + config.rewarm_steps, config.warmup_steps)
-    wanted = lr / max(0.2, schedule(config, resumes))
+    wanted = lr / schedule_left(config, state)
     least = least_factor(config, 1e-8)
     state.cut_factor = state.ceiling = max(least, min(wanted, state.cut_factor / 2))
     state.cuts += 1
@@ -241,15 +251,20 @@ def advance_ramp(config: Config, reading: Reading, state: State, archive: Archiv
 # With the present state set aside.
 
 
+def test_decade_steps(config: Config, first: float, last: float, progress: Progress) -> float:
+    """Return the steps of a decade of LR on a ramp that is to get as far as the run has got."""
+    decades = max(0.5, math.log10(max(last / first, 1.0)))
+    steps = min(0.6 * progress.count * config.block_steps, 1.5 * config.chart_steps)
+    return max(DECADE_STEPS * config.block_steps, steps / decades)
+
+
 def begin_test(config: Config, state: State, archive: Archive) -> Orders:
-    """Ask from the start whether a lower LR gets lower; slowly enough to get as far as the run."""
+    """Ask from the start whether a lower LR gets lower."""
     progress = coarse_progress(config, state)
     known = has_learned(progress)
     lr = relative(config, progress.lowest_log_lr) if known else failed_lr(state)
     first, last = lr / RAMP_REACH, state.cut_factor * own_schedule(config, state)
-    decades = max(0.5, math.log10(max(last / first, 1.0)))
-    steps = min(0.6 * progress.count * config.block_steps, 1.5 * config.chart_steps)
-    decade_steps = max(DECADE_STEPS * config.block_steps, steps / decades)
+    decade_steps = test_decade_steps(config, first, last, progress)
     slot, good_slot = spare_slot(state), state.good_slot
     enter(Phase.RUN, state.step, state)
     archive[slot] = copy.deepcopy(state)
@@ -259,16 +274,21 @@ def begin_test(config: Config, state: State, archive: Archive) -> Orders:
     return orders._replace(save=slot)
 
 
+def gets_lower(progress: Progress, run: Progress) -> bool:
+    """Say whether a ramp has got lower than a run ever did."""
+    error = level_error(progress.lowest_noise)
+    lower = progress.lowest_level < run.lowest_level - TEST_ERRORS * error
+    return lower and has_learned(progress)
+
+
 def end_test(config: Config, state: State, archive: Archive) -> Orders:
     """Settle if the ramp got lower than the run ever did, or clearly lower than where it stands."""
     progress = coarse_progress(config, state)
     before = coarse_progress(config, archive[state.aside_slot])
-    error = level_error(progress.lowest_noise)
-    lower = progress.lowest_level < before.lowest_level - TEST_ERRORS * error
     settled = progress.count - progress.lowest_age >= SETTLED_SAMPLES
     factor = min(progress.variance_factor, before.variance_factor)
     better = settled and highest_likely(progress) < lowest_likely(before, factor)
-    if better or (lower and has_learned(progress)):
+    if better or gets_lower(progress, before):
         return restart_below(config, progress.lowest_log_lr, state)
     orders = return_to_aside(state, archive)
     state.tested = 1.0

@@ -26,7 +26,7 @@ class GuardMode(enum.IntEnum):
 class Phase(enum.IntEnum):
     """Where the guard is between an alarm or an experiment and its end."""
 
-    RUN, REWARM, HOLD, REGROW, FAILED, TRIAL, RESCUE, TEST, PROBE, SEARCH, SHIFT = range(11)
+    RUN, REWARM, HOLD, REGROW, FAILED, TRIAL, RESCUE, TEST, PROBE, SEARCH, SHIFT, RAISE = range(12)
 
 
 class Slot(enum.IntEnum):
@@ -72,6 +72,7 @@ class Config:
     block_steps: float
     sensitivity: float
     max_restarts: float
+    max_factor: float
     search_steps: float
     peak: float
     peaks: tuple[float, ...]

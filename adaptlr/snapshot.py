@@ -362,4 +362,13 @@ class Snapshots:
         )
         if told != self._told:
             logger.info("%s", told)
+            self._warn_of_no_raise(placement)
         self._told = told
+
+    def _warn_of_no_raise(self, placement: Placement) -> None:
+        if placement.slots < _extension.SLOTS and self._config.row["max_factor"] > 1:
+            warnings.warn(
+                "Guard(max_factor=...) has no effect: a raise takes three snapshots, and there is "
+                "room for the start of the run alone",
+                stacklevel=2,
+            )

@@ -27,6 +27,8 @@ class Phase(IntEnum):
         PROBE: The loss of older weights is looked at, without an update.
         SEARCH: ``lr="auto"`` looks for the peak.
         SHIFT: The data has changed; weights from before are kept, and asked again now and then.
+        RAISE: From the start of the run the rate ramps up beyond the typed one, while the present
+            state is set aside and may come back.
     """
 
     RUN = 0
@@ -40,6 +42,7 @@ class Phase(IntEnum):
     PROBE = 8
     SEARCH = 9
     SHIFT = 10
+    RAISE = 11
 
 
 class Action(IntEnum):

@@ -185,8 +185,8 @@ void define_layouts(py::module_& module) {
       ADAPTLR_FIELDS(Config, total_steps, warmup_steps, min_lr_ratio, decay_share, cycles,
                      timescale, final_multiplier, backoff_factor, rewarm_steps, hold_steps,
                      regrow_growth, max_consecutive_skips, snapshot_slots, snapshot_steps,
-                     chart_steps, block_steps, sensitivity, max_restarts, search_steps, peak, peaks,
-                     group_count, decay, guard_mode, table));
+                     chart_steps, block_steps, sensitivity, max_restarts, max_factor, search_steps,
+                     peak, peaks, group_count, decay, guard_mode, table));
   define_state(module);
   define_layout<Record>(module, "record_dtype",
                         ADAPTLR_FIELDS(Record, sequence, step, loss, level, scale, slope,

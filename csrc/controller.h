@@ -54,16 +54,24 @@ ADAPTLR_HOST_DEVICE inline void fill_record(const Signals& signals, bool measure
   record.previous_phase = static_cast<int16_t>(state.phase);
 }
 
+/// Whether the record of an event tells of the peak: judged, chosen, or to be raised.
+ADAPTLR_HOST_DEVICE inline bool tells_of_peak(int32_t flags, double previous_phase,
+                                              const State& state) {
+  const bool raise = is_in(Phase::kRaise, state);
+  const bool was_raise = previous_phase == static_cast<double>(Phase::kRaise);
+  return (flags & (kFarLr | kFound)) != 0 || raise != was_raise;
+}
+
 /// The step as the guard left it. An event of the collapse charts shows what they saw.
 ADAPTLR_HOST_DEVICE inline void complete_record(const Config& config, const Decision& decision,
-                                                const Reading& reading, const State& state,
-                                                Record& record) {
+                                                const Reading& reading, double previous_phase,
+                                                const State& state, Record& record) {
   if (decision.event && reading.flags) {
     record.level = reading.level;
     record.scale = reading.noise;
     record.rise = reading.rise;
   }
-  if (decision.flags & (kFarLr | kFound)) {
+  if (decision.event && tells_of_peak(decision.flags, previous_phase, state)) {
     const Verdict verdict = verdict_on_peak(config, state, record.level);
     record.level = verdict.level;
     record.score = verdict.peak;
@@ -170,7 +178,7 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
   decision.event = is_event(config, decision.flags, previous_phase, state);
   set_lr(config, signals, state, decision);
   state.step += 1.0;
-  complete_record(config, decision, reading, state, record);
+  complete_record(config, decision, reading, previous_phase, state, record);
   return decision;
 }
 

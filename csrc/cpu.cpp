@@ -100,7 +100,9 @@ State resumed(const Config& config, State state) {
   if (is_in(Phase::kSearch, state)) {
     end_search(config, false, state, ignored);
     state.warmup_start = state.phase_step = state.step;
-  } else if (is_ramp(state))
+  } else if (is_in(Phase::kRaise, state))
+    settle_raise(config, state, ignored);
+  else if (is_ramp(state))
     settle(config, Progress{state.fine}, state, ignored);
   else if (is_in(Phase::kProbe, state))
     cut(config, false, 0.0, state);

@@ -2,7 +2,7 @@
 // came about.
 #pragma once
 
-#include "probe.h"
+#include "raise.h"
 
 namespace adaptlr {
 
@@ -105,7 +105,9 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
     return fail(true, state, decision);
   if (is_in(Phase::kTrial, state))
     state.cut_factor = state.trial_factor;
-  if (is_ramp(state))
+  if (is_in(Phase::kRaise, state))
+    end_raise(config, archive, false, state, decision);
+  else if (is_ramp(state))
     answer_on_ramp(config, archive, state, decision);
   else if (state.good_slot != kNoSlot)
     begin_probe(alarms & kFastAlarms && calls_for_start(config, archive, state), archive, state,
@@ -151,6 +153,7 @@ ADAPTLR_HOST_DEVICE inline bool is_snapshot_due(const Config& config, const Read
 ADAPTLR_HOST_DEVICE inline void take_snapshot(const Archive& archive, State& state,
                                               Decision& decision) {
   if (state.pending_slot != kNoSlot) {
+    state.aside_slot = kNoSlot; // a raised lr has proved itself
     state.good_slot = state.pending_slot;
     state.restarts = larger(0.0, state.restarts - kForgiven);
   }
@@ -158,6 +161,17 @@ ADAPTLR_HOST_DEVICE inline void take_snapshot(const Archive& archive, State& sta
   state.pending_step = state.step;
   archive.of(state.pending_slot) = state;
   decision.save = static_cast<int32_t>(state.pending_slot);
+}
+
+/// A snapshot is due: what a raise sets aside is one, and one that has aged decides about a raise.
+ADAPTLR_HOST_DEVICE inline void keep_state(const Config& config, const Archive& archive,
+                                           State& state, Decision& decision) {
+  if (calls_for_raise(config, archive, state))
+    begin_raise(config, archive, state, decision);
+  else if (is_disproved(config, archive, state))
+    undo_raise(config, archive, state, decision);
+  else
+    take_snapshot(archive, state, decision);
 }
 
 ADAPTLR_HOST_DEVICE inline bool may_experiment(const Config& config, int32_t flags,
@@ -177,6 +191,8 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
       return return_to_aside(archive, state, decision);
     return measured ? advance_probe(config, signals, archive, state, decision) : void();
   }
+  if (is_in(Phase::kRaise, state))
+    return measured ? advance_raise(config, archive, reading, state, decision) : void();
   if (is_ramp(state))
     return measured ? advance_ramp(config, archive, reading, state, decision) : void();
   if (is_in(Phase::kTrial, state))
@@ -187,9 +203,9 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
   if (!measured)
     return;
   if (may_experiment(config, flags, state))
-    experiment(config, archive, flags, reading, state, decision);
+    answer_doubt(config, archive, flags, reading, state, decision);
   else if (is_snapshot_due(config, reading, state))
-    take_snapshot(archive, state, decision);
+    keep_state(config, archive, state, decision);
 }
 
 /// Whether there is nothing to do about this step.
@@ -210,6 +226,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void respond(const Config& config, const
     answer_alarm(config, signals, archive, alarms, state, decision);
   else
     go_on(config, signals, archive, decision.flags, reading, state, decision);
+  if (is_on_probation(state) && (state.cut_factor <= 1.0 || is_in(Phase::kFailed, state)))
+    undo_raise(config, archive, state, decision); // nothing is left of it
 }
 
 /// Whether lr is anything else than the re-warmed factor x the schedule.
@@ -229,6 +247,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double multiplier(const Config& config,
   if (is_in(Phase::kRescue, state))
     return smaller(state.ramp_lr, state.ramp_limit);
   const double scheduled = rewarmed_factor(config, state) * own_schedule(config, state);
+  if (is_in(Phase::kRaise, state))
+    return smaller(state.ramp_lr, config.max_factor);
   return is_in(Phase::kTest, state) ? smaller(state.ramp_lr, scheduled) : scheduled;
 }
 

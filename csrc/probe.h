@@ -3,8 +3,16 @@
 #pragma once
 
 #include "backoff.h"
+#include "experiment.h"
 
 namespace adaptlr {
+
+constexpr double kProbeSteps = 8.0;
+constexpr double kProbeNoises = 3.0; // that the levels a probe decides between are apart at least
+constexpr double kProbeSure = 1.5;   // votes ahead: three losses that all say the same will do
+// After a change of the data the older snapshot is asked again for the first time, and then each
+// time that the change has lasted twice as long.
+constexpr int64_t kShiftSteps = 16;
 
 /// The data has changed: the weights that were set aside go on, with all statistics begun anew. The
 /// snapshot from before is kept for a while, for the change may pass.

@@ -1,5 +1,5 @@
-// Rollbacks and experiments: what is done where a smaller lr alone brings nothing back. Section 6
-// of docs/algorithm.md.
+// Rollbacks: what is done where a smaller lr alone brings nothing back. Section 6 of
+// docs/algorithm.md.
 #pragma once
 
 #include "progress.h"
@@ -26,21 +26,9 @@ constexpr double kSettledSamples = 12.0; // that a level and its noise need to b
 constexpr double kSeenSamples = 6.0;
 constexpr double kEarlyRamp = 12.0; // samples: an alarm before them began the ramp too high
 constexpr double kRampErrors = 2.5; // above the lowest level: the best of a ramp lies behind
+constexpr double kReached = 0.999;  // of the end of a ramp
 
-constexpr double kTrialCut = 4.0;
-constexpr double kTrialSamples = 20.0;
-constexpr double kTrialErrors = 2.5;
-constexpr double kMaxTrials = 3.0;
-constexpr double kTestErrors = 3.0;
-constexpr double kSoftPause = 24.0; // samples after a trial or a test
-constexpr double kNever = 1e18;     // above every level
-
-constexpr double kProbeSteps = 8.0;
-constexpr double kProbeNoises = 3.0; // that the levels a probe decides between are apart at least
-constexpr double kProbeSure = 1.5;   // votes ahead: three losses that all say the same will do
-// After a change of the data the older snapshot is asked again for the first time, and then each
-// time that the change has lasted twice as long.
-constexpr int64_t kShiftSteps = 16;
+constexpr double kNever = 1e18; // above every level
 
 /// The states beside the snapshots.
 struct Archive {
@@ -56,7 +44,8 @@ ADAPTLR_HOST_DEVICE inline bool is_in(Phase phase, const State& state) {
 }
 
 ADAPTLR_HOST_DEVICE inline bool is_ramp(const State& state) {
-  return is_in(Phase::kRescue, state) || is_in(Phase::kTest, state) || is_in(Phase::kSearch, state);
+  return is_in(Phase::kRescue, state) || is_in(Phase::kTest, state) ||
+         is_in(Phase::kSearch, state) || is_in(Phase::kRaise, state);
 }
 
 ADAPTLR_HOST_DEVICE inline void enter(Phase phase, double first_step, State& state) {
@@ -68,9 +57,15 @@ ADAPTLR_HOST_DEVICE inline bool has_snapshots(const Config& config) {
   return config.snapshot_slots > 0.0;
 }
 
-/// The slot of the two that holds no good snapshot.
+/// The slot of the two that holds no good snapshot, nor a state that a raised lr has yet to beat.
 ADAPTLR_HOST_DEVICE inline double spare_slot(const State& state) {
-  return state.good_slot == kFirst ? kSecond : kFirst;
+  return state.good_slot == kFirst || state.aside_slot == kFirst ? kSecond : kFirst;
+}
+
+/// Whether the run is at a raised lr that has yet to prove itself: the state from before is kept.
+ADAPTLR_HOST_DEVICE inline bool is_on_probation(const State& state) {
+  return state.aside_slot != kNoSlot && !is_in(Phase::kRaise, state) &&
+         !is_in(Phase::kTest, state) && !is_in(Phase::kProbe, state);
 }
 
 /// The schedule of this run: a restart takes the place of its warm-up, which begins after a search.
@@ -87,6 +82,7 @@ ADAPTLR_HOST_DEVICE inline double relative_lr(const Config& config, double log_l
 
 /// Where the user has changed the peak: rates that were seen stay what they are, and a lower peak
 /// needs no cut for what it lowers by itself. A higher one is the user's word against the guard's.
+/// Either takes the place of an lr that was searched for, or raised.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void follow_peak(const Config& config, State& state) {
   const double ratio = state.peak > 0.0 ? divide(state.peak, config.peak) : 1.0;
   const bool searched = config.search_steps >= 0.0 && ratio != 1.0; // what it found is overruled
@@ -95,6 +91,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void follow_peak(const Config& config, S
   state.cut_factor = smaller(1.0, state.cut_factor * relief);
   state.ceiling = smaller(1.0, state.ceiling * relief);
   state.trial_factor = smaller(1.0, state.trial_factor * relief);
+  if (ratio != 1.0 && is_on_probation(state))
+    state.aside_slot = kNoSlot;
   state.onset_lr *= ratio;
   state.first_lr *= ratio;
   state.ramp_lr *= ratio;
@@ -126,12 +124,15 @@ ADAPTLR_HOST_DEVICE inline void order(int32_t save, int32_t restore, Decision& d
 }
 
 /// The next step begins from kStart.
-ADAPTLR_HOST_DEVICE inline void return_to_start(Phase phase, State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_start(Phase phase, State& state,
+                                                             Decision& decision) {
   forget_statistics(state);
   state.origin_step = state.step + 1.0;
   state.restarted = 1.0;
   state.first_lr = 0.0;
-  state.pending_slot = state.good_slot = state.aside_slot = kNoSlot;
+  state.pending_slot = state.good_slot = kNoSlot;
+  if (is_in(Phase::kTest, state)) // has won; what a raise has set aside is still to be beaten
+    state.aside_slot = kNoSlot;
   enter(phase, state.step + 1.0, state);
   order(decision.save, kStart, decision);
 }
@@ -161,14 +162,19 @@ ADAPTLR_HOST_DEVICE inline bool is_vouched(const State& state) {
   return state.cut_factor <= kVouched * state.estimate;
 }
 
+/// What a restart makes up for: the share of the peak that the schedule leaves once re-warmed.
+ADAPTLR_HOST_DEVICE inline double schedule_left(const Config& config, const State& state) {
+  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
+  return larger(kLeastSchedule, schedule(config, resumes));
+}
+
 /// From kStart with another peak: `lr` is the one that is meant once re-warmed, so what the
 /// schedule has lost by then is made up for.
 ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& state,
                                         Decision& decision) {
-  const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
-  const double left = larger(kLeastSchedule, schedule(config, resumes));
-  state.cut_factor = larger(least_factor(config, kLeastFactor),
-                            smaller(divide(lr, left), divide(state.cut_factor, kLeastCut)));
+  state.cut_factor =
+      larger(least_factor(config, kLeastFactor), smaller(divide(lr, schedule_left(config, state)),
+                                                         divide(state.cut_factor, kLeastCut)));
   state.ceiling = state.cut_factor;
   state.cuts += 1.0;
   state.tested = 0.0;
@@ -229,189 +235,6 @@ ADAPTLR_HOST_DEVICE inline void settle(const Config& config, const Progress& p, 
     return restart_below(config, p.lowest_log_lr, state, decision);
   const double lr = divide(relative_lr(config, p.log_lr), kWarmupDivisor);
   restart(config, state.estimate > 0.0 ? smaller(lr, state.estimate) : lr, state, decision);
-}
-
-/// Asks the causal question from the start, with the present state set aside: does a lower lr get
-/// lower? A late test is slower, so that it can reach what the run has reached.
-ADAPTLR_HOST_DEVICE inline void begin_test(const Config& config, const Archive& archive,
-                                           State& state, Decision& decision) {
-  const Progress p = coarse_progress(config, state);
-  const double lr = has_learned(p) ? relative_lr(config, p.lowest_log_lr) : failed_lr(state);
-  const double start = divide(lr, kRampReach);
-  const double end = state.cut_factor * own_schedule(config, state);
-  const double reach = larger(divide(end, start), 1.0);
-  const double decades = larger(0.5, divide(logarithm(reach), kLnTen));
-  const double taken = p.count * config.block_steps;
-  const double steps = smaller(0.6 * taken, 1.5 * config.chart_steps);
-  const double slot = spare_slot(state);
-  enter(Phase::kRun, state.step, state);
-  archive.of(slot) = state;
-  decision.save = static_cast<int32_t>(slot);
-  const double good_slot = state.good_slot;
-  begin_ramp(Phase::kTest, start, larger(kDecadeSteps * config.block_steps, divide(steps, decades)),
-             state, decision);
-  state.good_slot = good_slot;
-  state.aside_slot = slot;
-  state.restarts += 1.0;
-}
-
-/// Goes on as before an experiment: growing again if that was not over.
-ADAPTLR_HOST_DEVICE inline void go_on_as_before(double first_step, State& state) {
-  enter(state.cut_factor < state.ceiling ? Phase::kRegrow : Phase::kRun, first_step, state);
-}
-
-/// Takes weights and statistics back that were set aside; the clock and the counts go on.
-ADAPTLR_HOST_DEVICE inline void return_to_aside(const Archive& archive, State& state,
-                                                Decision& decision) {
-  const State now = state;
-  state = archive.of(now.aside_slot);
-  state.step = now.step;
-  state.skips = now.skips;
-  state.cuts = now.cuts;
-  state.restarts = now.restarts;
-  state.last_alarm = now.last_alarm;
-  state.consecutive_skips = state.consecutive_overflows = 0.0;
-  state.aside_slot = state.pending_slot = kNoSlot;
-  go_on_as_before(state.step + 1.0, state);
-  order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
-}
-
-/// Three standard errors above the lowest level.
-ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p) {
-  return p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
-}
-
-/// Three standard errors below the present level. `variance_factor`: of the noise's correlation.
-ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor) {
-  const double variance = level_variance(level_gain(kFastGain, p.count));
-  return p.fast_level - kTestErrors * p.noise * square_root(variance_factor * variance);
-}
-
-/// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
-/// did, or clearly lower than where the run stands. Noise is as correlated on one side as on the
-/// other; where it seems more so, that is the loss wandering.
-ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& archive, State& state,
-                                         Decision& decision) {
-  const Progress p = coarse_progress(config, state);
-  const Progress before = coarse_progress(config, archive.of(state.aside_slot));
-  const bool lower =
-      has_learned(p) &&
-      p.lowest_level < before.lowest_level - kTestErrors * level_error(p.lowest_noise);
-  const bool better =
-      p.count - p.lowest_age >= kSettledSamples &&
-      highest_likely(p) < lowest_likely(before, smaller(p.variance_factor, before.variance_factor));
-  if (lower || better)
-    return restart_below(config, p.lowest_log_lr, state, decision);
-  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p) : kNever;
-  const double log_lr = p.lowest_log_lr;
-  return_to_aside(archive, state, decision);
-  state.tested = 1.0;
-  state.ramp_level = level;
-  state.ramp_log_lr = log_lr;
-  state.soft_step = state.step + kSoftPause * config.block_steps;
-}
-
-/// A hard alarm on a ramp. A test whose ramp has learned has an answer, and a run to go back to.
-ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, const Archive& archive,
-                                               State& state, Decision& decision) {
-  if (state.fine.count < kEarlyRamp && !has_learned(state.fine))
-    rescue(config, state.ramp_start, state, decision);
-  else if (is_in(Phase::kTest, state) && has_learned(coarse_progress(config, state)))
-    end_test(config, archive, state, decision);
-  else
-    settle(config, Progress{state.fine}, state, decision);
-}
-
-/// One step of a ramp without an alarm.
-ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive& archive,
-                                             const Reading& reading, State& state,
-                                             Decision& decision) {
-  constexpr double kReached = 0.999;
-  const Progress& p = state.fine;
-  const double decade_steps = divide(kLnTen, logarithm(state.ramp_growth));
-  if (is_in(Phase::kTest, state)) {
-    if (state.ramp_lr >= kReached * state.cut_factor * own_schedule(config, state))
-      return end_test(config, archive, state, decision);
-  } else if (state.ramp_lr >= kReached * state.ramp_limit ||
-             (has_learned(p) && p.lowest_age + 0.5 >= decade_steps &&
-              reading.fast_rise > kRampErrors)) {
-    return settle(config, Progress{p}, state, decision);
-  }
-}
-
-/// A soft alarm while the weights are not better than at the start, or after a trial in vain: only
-/// a test can tell why, unless the first gradient has called the lr much too high all along. After
-/// a test that told nothing, what its ramp has learned is still a better offer than a run that has
-/// got worse since. The lowest level of a ramp and a present one that a chart has picked are both
-/// extremes: their intervals must not overlap, each as wide as its own level is uncertain.
-ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archive, State& state,
-                                      Decision& decision) {
-  const Progress p = coarse_progress(config, state);
-  if (is_far_above(state)) {
-    state.restarts += 1.0;
-    start_over(config, state, decision);
-  } else if (state.tested == 0.0) {
-    if (config.snapshot_slots >= kSlots)
-      begin_test(config, archive, state, decision);
-  } else if (lowest_likely(p, p.variance_factor) > state.ramp_level) {
-    state.restarts += 1.0;
-    restart_below(config, state.ramp_log_lr, state, decision);
-  }
-}
-
-ADAPTLR_HOST_DEVICE inline void begin_trial(const Config& config, State& state) {
-  state.trial_factor = state.cut_factor;
-  state.trial_level = coarse_progress(config, state).lowest_level;
-  state.cut_factor = divide(state.cut_factor, kTrialCut);
-  enter(Phase::kTrial, state.step, state);
-}
-
-/// Keeps a trial's lr if it brought a new lowest level; if not, the weights may be beyond what a
-/// lower lr can mend, which a test can tell.
-ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archive& archive,
-                                              State& state, Decision& decision) {
-  const Progress p = coarse_progress(config, state);
-  const double error = level_error(p.noise * square_root(p.variance_factor));
-  const double taken = state.step - state.phase_step;
-  const bool helped = p.fast_level < state.trial_level - kTrialErrors * error;
-  if (!helped && taken < kTrialSamples * config.block_steps)
-    return;
-  state.soft_step = state.step + kSoftPause * config.block_steps;
-  if (helped) {
-    state.ceiling = state.cut_factor;
-    state.cuts += 1.0;
-    return go_on_as_before(state.step, state);
-  }
-  state.cut_factor = state.trial_factor;
-  state.trials += 1.0;
-  go_on_as_before(state.step, state);
-  if (state.tested == 0.0)
-    doubt(config, archive, state, decision);
-}
-
-/// Answers a soft alarm, which asks only for an experiment.
-ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& archive,
-                                           int32_t flags, const Reading& reading, State& state,
-                                           Decision& decision) {
-  if (flags & kNoProgress || reading.gain < kNoProgressErrors)
-    doubt(config, archive, state, decision);
-  else if (state.trials < kMaxTrials && state.tested == 0.0 && !is_vouched(state))
-    begin_trial(config, state);
-}
-
-/// Puts the good snapshot back and looks: if the loss is as high with weights that are known to be
-/// good, the data has changed, and neither weights nor lr are to blame.
-ADAPTLR_HOST_DEVICE inline void begin_probe(bool collapsed, const Archive& archive, State& state,
-                                            Decision& decision) {
-  const double slot = spare_slot(state), good = state.good_slot;
-  archive.of(slot) = state;
-  static_cast<Statistics&>(state) = archive.of(good);
-  state.aside_slot = slot;
-  state.pending_slot = kNoSlot;
-  state.probe_sum = 0.0;
-  state.collapsed = collapsed ? 1.0 : 0.0;
-  enter(Phase::kProbe, state.step + 1.0, state);
-  order(static_cast<int32_t>(slot), static_cast<int32_t>(good), decision);
 }
 
 } // namespace adaptlr

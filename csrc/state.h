@@ -41,7 +41,7 @@ constexpr int kSlots = 3;
 constexpr int kSaveShift = 4;
 constexpr int kRestoreShift = 8;
 
-enum class Decay : int64_t {
+enum class Decay : int32_t {
   kCosine,
   kLinear,
   kConstant,
@@ -50,7 +50,7 @@ enum class Decay : int64_t {
   kCosineRestarts,
   kTable
 };
-enum class GuardMode : int64_t { kOff, kObserve, kAct };
+enum class GuardMode : int32_t { kOff, kObserve, kAct };
 enum class Phase : int32_t {
   kRun,
   kRewarm, // after a cut or a restart
@@ -62,7 +62,8 @@ enum class Phase : int32_t {
   kTest,   // a ramp from the start up to the lr in use, with the present state set aside
   kProbe,  // the losses of a good snapshot, without an update
   kSearch, // a ramp that looks for the lr, before the run proper
-  kShift   // the data has changed, and it may pass: the snapshot from before is kept
+  kShift,  // the data has changed, and it may pass: the snapshot from before is kept
+  kRaise   // a ramp from the start up from the lr in use, with the present state set aside
 };
 enum class Action : int32_t { kNone, kSkip };
 
@@ -104,6 +105,7 @@ struct Config {
   double block_steps;           // that a sample of the coarse charts is the mean of; >= 1
   double sensitivity;           // divides the thresholds of the collapse charts; > 0
   double max_restarts;          // rollbacks and experiments that a run may have
+  double max_factor;        // that a run which learns too slowly may be raised to; >= 1; 1: none is
   double search_steps;      // that a search may take; 0: the estimate alone; -1: the lr is typed
   double peak;              // the largest of peaks; lr
   double peaks[kMaxGroups]; // peak lr of every group
@@ -199,7 +201,7 @@ struct State : Statistics {
   double phase;                 // of the guard; a Phase
   double phase_step;            // the step at which it began
   double factor;                // lr = peak x factor x schedule; > 0; starts at 1
-  double cut_factor;            // what factor re-warms to; starts at 1
+  double cut_factor;            // what factor re-warms to; starts at 1; at most max_factor
   double ceiling;               // what cut_factor regrows to; starts at 1
   double onset_lr;              // lr / peak at the last quiet step
   double streak;                // alarms that followed another without a quiet stretch between
@@ -225,14 +227,14 @@ struct State : Statistics {
   double ramp_log_lr;           // its ln lr
   double probe_sum;             // of the probe's votes: above 0 for other data
   double collapsed;             // 1: progress was lost early in a run, which the probe explains
-  double aside_slot;            // where the state lies that was set aside; a Slot
-  double good_slot;             // the newest snapshot that has aged well; a Slot
-  double pending_slot;          // the one that still ages; a Slot
-  double pending_step;          // when it was taken
-  double peak;                  // config.peak of the last step; 0 before the first
-  double estimate;              // lr / peak that the first gradient suggests; 0: none. Before the
-                                // first step: that lr for a loss of 1
-  double warmup_start;          // the step that followed the search; 0: there was none
+  double aside_slot;   // where the state lies that was set aside, or is to be beaten; a Slot
+  double good_slot;    // the newest snapshot that has aged well; a Slot
+  double pending_slot; // the one that still ages; a Slot
+  double pending_step; // when it was taken
+  double peak;         // config.peak of the last step; 0 before the first
+  double estimate;     // lr / peak that the first gradient suggests; 0: none. Before the
+                       // first step: that lr for a loss of 1
+  double warmup_start; // the step that followed the search; 0: there was none
 };
 constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 38;
 static_assert(sizeof(State) == kStateFields * sizeof(double),
@@ -251,9 +253,10 @@ struct Decision {
   bool event;      // something was done, or would have been: the record belongs among the events
 };
 
-/// One line of the flight record. 128 bytes: a whole number of cache lines. With kFarLr and kFound
-/// `score` is the peak, `rise` the one that the first gradient suggests, and `cusum` the lr at the
-/// lowest level of the ramp, which is `level` then; 0: there is none.
+/// One line of the flight record. 128 bytes: a whole number of cache lines. With kFarLr and kFound,
+/// and where kRaise begins or ends, `score` is the peak, `rise` the one that the first gradient
+/// suggests, and `cusum` the lr at the lowest level of the ramp, which is `level` then; 0: there is
+/// none.
 struct Record {
   int64_t sequence; // counts records from 1; 0: never written
   int64_t step;     // t

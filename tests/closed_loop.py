@@ -186,6 +186,12 @@ SCENARIOS = [
         {"snapshot_slots": 3, "max_restarts": 1},
     ),
     Scenario(Model("hopeless", critical=1e-300, harm=1.0), ("RESCUE>FAILED:LOST|ABOVE",)),
+    # Far too low, as the losses alone can tell. test_raise.py has more.
+    Scenario(
+        Model("slow", critical=200.0, noise=0.02),
+        ("RUN>RAISE", "RAISE>REWARM", "REWARM>HOLD", "HOLD>REGROW", "REGROW>RUN"),
+        {"snapshot_slots": 3, "max_factor": 100.0},
+    ),
     Scenario(DAMAGED, ("RUN>REWARM:DIVERGE",), NO_SLOTS),
     Scenario(DAMAGED, ("RUN>REWARM:DIVERGE", "TRIAL>RUN"), {"snapshot_slots": 1}),
     Scenario(DAMAGED, (), {"snapshot_slots": 3, "guard_mode": GuardMode.OBSERVE}),

@@ -231,7 +231,7 @@ CHECKPOINTS = {
     "nan": (with_state("cuts", math.nan), "cuts must be finite, got nan"),
     "step": (with_state("step", 2.5), "step must be a count, got 2.5"),
     "factor": (with_state("factor", -1.0), "factor must be at least 0, got -1"),
-    "phase": (with_state("phase", 11.0), "phase must be a count of at most 10, got 11"),
+    "phase": (with_state("phase", 12.0), "phase must be a count of at most 11, got 12"),
     "index": (with_state("fine.next_difference", 24.0), "must be a count of at most 23, got 24"),
     "slot": (with_state("good_slot", 4.0), "good_slot must be a count of at most 3, got 4"),
     "peak": (with_entry(6, -1.0), "must be finite and not negative, got -1.0"),

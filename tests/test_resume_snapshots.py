@@ -89,6 +89,11 @@ RUNS = {
         {"lr": "auto", "scale": 1e4},
         420,
     ),
+    "raise": (
+        Model("slow", critical=200.0, noise=0.02, later_critical=0.01, turn=270, harm=1.0),
+        {"guard": Guard(max_factor=100.0, max_restarts=1)},
+        278,
+    ),
     "failed": (Model("hopeless", critical=1e-300, harm=1.0), {}, 80),
 }
 PHASES = {
@@ -96,6 +101,7 @@ PHASES = {
     "probes": "RUN TEST PROBE SHIFT",
     "trial": "RUN TRIAL TEST",
     "search": "SEARCH RUN PROBE REWARM HOLD REGROW",
+    "raise": "RUN RAISE REWARM",
     "failed": "RUN RESCUE",
 }
 

@@ -23,7 +23,7 @@ QUIET = 30.0  # seconds without news after which a run may hang
 COLORS = {
     **dict.fromkeys(("skip", "overflow", "alarm"), "yellow"),
     **dict.fromkeys(("cut", "restart", "rescue", "failed"), "red"),
-    **dict.fromkeys(("run", "kept", "regrow"), "green"),
+    **dict.fromkeys(("run", "kept", "raised", "regrow"), "green"),
 }
 _SPEED_OVER = 20  # reads of the recorder
 

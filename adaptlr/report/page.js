@@ -10,7 +10,7 @@
   const KINDS = {
     skip: "--warn", overflow: "--warn", alarm: "--warn",
     cut: "--bad", restart: "--bad", rescue: "--bad", failed: "--bad",
-    run: "--good", kept: "--good", regrow: "--good",
+    run: "--good", kept: "--good", raised: "--good", regrow: "--good",
   };
   const kindColor = (kind) => css(KINDS[kind] || "--note");
   const last = Math.max(...runs.map((run) => run.step.at(-1) ?? 0), 1);

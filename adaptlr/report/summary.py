@@ -18,6 +18,7 @@ _ACTS = {
     "rescue": "rescue|rescues",
     "trial": "trial|trials",
     "test": "test|tests",
+    "raise": "raise|raises",
     "probe": "probe|probes",
     "alarm": "alarm noted|alarms noted",
 }

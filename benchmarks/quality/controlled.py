@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, ClassVar
 
-from adaptlr import AdaptiveLR, TrainingDiverged
+from adaptlr import AdaptiveLR, Guard, TrainingDiverged
 from adaptlr.cli.demo_training import WARMUP
 from benchmarks.quality.method import CAPTURED, Story, make_optimizer
 from benchmarks.quality.stages import Eager, Gradients, Stage
@@ -22,7 +22,7 @@ class Adaptlr:
     The whole step is one stage, unless the optimizer's updates are made eagerly.
     """
 
-    lr: Literal["auto"] | None = None
+    settings: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, optimizer: str, gradients: Gradients, peak: float, steps: int) -> None:
         self.gradients = gradients
@@ -30,9 +30,7 @@ class Adaptlr:
         self.is_captured = optimizer in CAPTURED
         optimizer = make_optimizer(optimizer, gradients.parameters, peak)
         options = {"model": gradients.model} if HAS_SNAPSHOTS else {}
-        if self.lr is not None:
-            options["lr"] = self.lr
-        self.controller = AdaptiveLR(optimizer, steps, warmup=WARMUP, **options)
+        self.controller = AdaptiveLR(optimizer, steps, warmup=WARMUP, **options, **self.settings)
 
     def stages(self) -> list[Stage]:
         return [self._step] if self.is_captured else [self.gradients, Eager(self._update)]
@@ -75,4 +73,16 @@ class Adaptlr:
 class Auto(Adaptlr):
     """The same with `lr="auto"`: the rate that it is given says nothing."""
 
-    lr = "auto"
+    settings: ClassVar[dict[str, Any]] = {"lr": "auto"}
+
+
+class Raise(Adaptlr):
+    """The same with a rate that may be raised."""
+
+    settings: ClassVar[dict[str, Any]] = {"guard": Guard(max_factor=100.0)}
+
+
+class RaiseAlone(Raise):
+    """The same without what the first gradient suggests: the losses alone tell."""
+
+    settings: ClassVar[dict[str, Any]] = {**Raise.settings, "check_lr": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ OPTIMIZERS = ("adamw", "sgd")
 FURTHER = {"rmsprop": 0, "nadam": 0, "lion": -2, "adagrad": 2}
 ALL_OPTIMIZERS = (*OPTIMIZERS, *FURTHER)
 MULTIPLES = (1, 3, 10, 32, 100, 316, 1000)  # names of the half decades from 0 to 6
+LOW_MULTIPLES = (0.001, 0.01, 0.032, 0.1, 0.316)
 # What searches begin with: rates that say nothing.
 STARTS = {
     "adamw": (1e-7, 1e-4, 1e-2, 1.0),
@@ -41,7 +43,7 @@ def guard_grid(
     tasks: Sequence[str],
     optimizers: Sequence[str],
     methods: Sequence[str],
-    multiples: Sequence[int],
+    multiples: Sequence[float],
     seeds: Iterable[int],
     steps: int | None,
 ) -> Iterator[Run]:
@@ -135,11 +137,11 @@ def search_grid(
         )
 
 
-def _rate(task: str, optimizer: str, multiple: int) -> float:
+def _rate(task: str, optimizer: str, multiple: float) -> float:
     best = ALL_TASKS[task].best(optimizer)
     if best is None:
         raise ValueError(f"{task} has no best rate for {optimizer} yet; measure it with --sweep")
-    return best.lr * half_decade(MULTIPLES.index(multiple))
+    return best.lr * half_decade(round(2 * math.log10(multiple)))
 
 
 def _expected(task: str, optimizer: str) -> float:

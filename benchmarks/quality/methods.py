@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.quality import free, peers
-from benchmarks.quality.controlled import Adaptlr, Auto
+from benchmarks.quality.controlled import Adaptlr, Auto, Raise, RaiseAlone
 from benchmarks.quality.method import Method
 
 METHODS: dict[str, type[Method]] = {
@@ -13,6 +13,8 @@ METHODS: dict[str, type[Method]] = {
     "greedy": peers.Greedy,
     "skip6": peers.SkipSixSigma,
 }
+# At rates that are too low: measured apart, beside "adaptlr".
+RAISES: dict[str, type[Method]] = {"raise": Raise, "raise_alone": RaiseAlone}
 # Given no rate, so no multiple of the best one either: measured apart.
 SEARCHES: dict[str, type[Method]] = {"auto": Auto}
 # With one rate for all tasks, or none: measured beside the searches.
@@ -24,4 +26,4 @@ FIXED: dict[str, type[Method]] = {
     "greedy_up": peers.GreedyUp,
     "dlrs": peers.Dlrs,
 }
-ALL_METHODS = METHODS | SEARCHES | FIXED
+ALL_METHODS = METHODS | RAISES | SEARCHES | FIXED

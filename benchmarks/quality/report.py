@@ -1,7 +1,8 @@
 """Makes tables and a plot of the rows of run.py: ``python -m benchmarks.quality.report ROWS...``.
 
-Writes ``guard_<device>.md``, ``.csv`` and ``.png``, and ``search_<device>.md`` of the method
-``auto``. Rows of a sweep give a table of the best rates instead, on stdout, for tasks.py.
+Writes ``guard_<device>.md``, ``.csv`` and ``.png``, ``search_<device>.md`` of the method ``auto``,
+and ``raise_<device>.md`` and ``.csv`` where rates are too low. Rows of a sweep give a table of the
+best rates instead, on stdout, for tasks.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks.quality.grid import ALL_OPTIMIZERS, FIXED_RATES, MULTIPLES, read_rows
+from benchmarks.quality.grid import (
+    ALL_OPTIMIZERS,
+    FIXED_RATES,
+    LOW_MULTIPLES,
+    MULTIPLES,
+    read_rows,
+)
 from benchmarks.quality.methods import ALL_METHODS, SEARCHES
 from benchmarks.quality.peers_report import compared, peers_report
 from benchmarks.quality.search_report import scored, search_report
@@ -28,20 +35,19 @@ ORDER = {
     "task": list(ALL_TASKS),
     "optimizer": list(ALL_OPTIMIZERS),
     "method": [*ALL_METHODS, "fixed"],
-    "multiple": list(MULTIPLES),
+    "multiple": [*LOW_MULTIPLES, *MULTIPLES],
 }
 Rows = list[dict]
 TOP = """\
 {facts}
 
-# Learning rates that are too high
+# Learning rates that are too {what}
 
 Progress recovered, (e0 - e) / (e0 - L\\*): 1 is the best held-out loss of a full sweep of the
 learning rate, 0 is nothing learnt. The same warm-up, gradient clipping and number of steps for all;
 benchmarks/README.md tells how the runs are made. {runs} runs; seeds {seeds}; tasks {tasks}.
-
-![Mean progress recovered over the multiple of the best learning rate]({plot})
 """
+PLOT = "![Mean progress recovered over the multiple of the best learning rate]({plot})\n"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -85,10 +91,11 @@ def summary(rows: Rows) -> str:
 def by_multiple(rows: Rows, names: Sequence[str], cell: Callable[[Rows], str]) -> str:
     """Return a table with a column for each multiple, and a line for each value of ``names``."""
     lines = []
+    multiples = [multiple for (multiple,) in grouped(rows, "multiple")]
     for values, group in grouped(rows, *names).items():
         cells = grouped(group, "multiple")
-        lines.append([*values, *(cell(cells[(m,)]) if (m,) in cells else "" for m in MULTIPLES)])
-    return table([*names, *(f"x{multiple}" for multiple in MULTIPLES)], lines)
+        lines.append([*values, *(cell(cells[(m,)]) if (m,) in cells else "" for m in multiples)])
+    return table([*names, *(f"x{multiple:g}" for multiple in multiples)], lines)
 
 
 def mean_and_worst(rows: Rows) -> str:
@@ -109,13 +116,15 @@ def events(rows: Rows) -> str:
     return ", ".join(shown) or "none"
 
 
-def guard_report(rows: Rows, facts: str, plot: str) -> str:
-    """Return the whole report."""
+def guard_report(rows: Rows, facts: str, plot: str | None) -> str:
+    """Return the whole report; without a plot it is of rates that are too low."""
+    what = "low" if plot is None else "high"
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     tasks = ", ".join(task for (task,) in grouped(rows, "task"))
     method = ("optimizer", "method")
     parts = [
-        TOP.format(facts=facts, runs=len(rows), seeds=seeds, tasks=tasks, plot=plot),
+        TOP.format(what=what, facts=facts, runs=len(rows), seeds=seeds, tasks=tasks),
+        "" if plot is None else PLOT.format(plot=plot),
         summary(rows),
         "\n*ended*: runs that the guard gave up (`TrainingDiverged`); their score counts.",
         "\n## By multiple of the best rate: mean / worst\n",
@@ -189,10 +198,12 @@ def write_guard(rows: Rows, facts: str, arguments: argparse.Namespace) -> None:
     """Write the tables and the plot of methods at multiples of the best rate."""
     from benchmarks.quality.plot import draw_scores
 
-    stem = f"guard_{slug_of(arguments)}"
-    draw_scores(rows, arguments.output_dir / f"{stem}.png")
+    low = any(row["multiple"] < 1 for row in rows)
+    stem = f"{'raise' if low else 'guard'}_{slug_of(arguments)}"
+    if not low:
+        draw_scores(rows, arguments.output_dir / f"{stem}.png")
     write_csv(rows, arguments.output_dir / f"{stem}.csv")
-    write(guard_report(rows, facts, f"{stem}.png"), stem, arguments)
+    write(guard_report(rows, facts, None if low else f"{stem}.png"), stem, arguments)
 
 
 def slug_of(arguments: argparse.Namespace) -> str:

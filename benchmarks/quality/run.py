@@ -27,7 +27,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from adaptlr.bench.facts import facts_of
 from benchmarks.quality import grid
 from benchmarks.quality.data import Data, load
-from benchmarks.quality.methods import ALL_METHODS, METHODS, SEARCHES
+from benchmarks.quality.methods import ALL_METHODS, METHODS, RAISES, SEARCHES
 from benchmarks.quality.tasks import ALL_TASKS, LONG_TASKS, TASKS
 from benchmarks.quality.training import Run, clean_up, train
 
@@ -120,7 +120,7 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
         runs += grid.search_grid(tasks, optimizers, *starts)
         if arguments.fixed:
             runs += grid.fixed_grid(tasks, optimizers, among(grid.FIXED_RATES), seeds, steps)
-        elif methods := among(METHODS):
+        elif methods := among(METHODS | RAISES):
             multiples = arguments.multiples
             runs += grid.guard_grid(tasks, optimizers, methods, multiples, seeds, steps)
     # Long runs first: one that begins last would keep all others waiting.
@@ -138,7 +138,8 @@ def parse() -> argparse.Namespace:
     add("--tasks", nargs="+", choices=ALL_TASKS, default=list(TASKS), metavar="TASK")
     add("--optimizers", nargs="+", choices=grid.ALL_OPTIMIZERS, default=grid.OPTIMIZERS)
     add("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
-    add("--multiples", nargs="+", type=int, choices=grid.MULTIPLES, default=grid.MULTIPLES)
+    multiples = (*grid.LOW_MULTIPLES, *grid.MULTIPLES)
+    add("--multiples", nargs="+", type=float, choices=multiples, default=grid.MULTIPLES)
     add("--seeds", type=int, default=2, help="how many, from 0")
     add("--sweep", action="store_true", help="plain runs over all rates instead")
     add("--fixed", action="store_true", help="peers at the one rate that they get on every task")

@@ -1,0 +1,207 @@
+// Experiments: a test with the present state set aside, a trial with the weights as they are, the
+// beginning of a probe. Items 2 to 6 in section 6 of docs/algorithm.md.
+#pragma once
+
+#include "recovery.h"
+
+namespace adaptlr {
+
+constexpr double kTrialCut = 4.0;
+constexpr double kTrialSamples = 20.0;
+constexpr double kTrialErrors = 2.5;
+constexpr double kMaxTrials = 3.0;
+constexpr double kTestErrors = 3.0;
+constexpr double kSoftPause = 24.0; // samples after a trial or a test
+
+/// Steps of a decade of lr on a ramp that is to reach what the run has reached: the later, the
+/// more.
+ADAPTLR_HOST_DEVICE inline double test_decade_steps(const Config& config, double start, double end,
+                                                    const Progress& p) {
+  const double reach = larger(divide(end, start), 1.0);
+  const double decades = larger(0.5, divide(logarithm(reach), kLnTen));
+  const double taken = p.count * config.block_steps;
+  const double steps = smaller(0.6 * taken, 1.5 * config.chart_steps);
+  return larger(kDecadeSteps * config.block_steps, divide(steps, decades));
+}
+
+/// Asks the causal question from the start, with the present state set aside: does a lower lr get
+/// lower?
+ADAPTLR_HOST_DEVICE inline void begin_test(const Config& config, const Archive& archive,
+                                           State& state, Decision& decision) {
+  const Progress p = coarse_progress(config, state);
+  const double lr = has_learned(p) ? relative_lr(config, p.lowest_log_lr) : failed_lr(state);
+  const double start = divide(lr, kRampReach);
+  const double end = state.cut_factor * own_schedule(config, state);
+  const double slot = spare_slot(state);
+  enter(Phase::kRun, state.step, state);
+  archive.of(slot) = state;
+  decision.save = static_cast<int32_t>(slot);
+  const double good_slot = state.good_slot;
+  begin_ramp(Phase::kTest, start, test_decade_steps(config, start, end, p), state, decision);
+  state.good_slot = good_slot;
+  state.aside_slot = slot;
+  state.restarts += 1.0;
+}
+
+/// Goes on as before an experiment: growing again if that was not over.
+ADAPTLR_HOST_DEVICE inline void go_on_as_before(double first_step, State& state) {
+  enter(state.cut_factor < state.ceiling ? Phase::kRegrow : Phase::kRun, first_step, state);
+}
+
+/// Takes weights and statistics back that were set aside; the clock and the counts go on.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_aside(const Archive& archive, State& state,
+                                                             Decision& decision) {
+  const State now = state;
+  state = archive.of(now.aside_slot);
+  state.step = now.step;
+  state.skips = now.skips;
+  state.cuts = now.cuts;
+  state.restarts = now.restarts;
+  state.last_alarm = now.last_alarm;
+  state.consecutive_skips = state.consecutive_overflows = 0.0;
+  state.aside_slot = state.pending_slot = kNoSlot;
+  go_on_as_before(state.step + 1.0, state);
+  order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
+}
+
+/// Three standard errors above the lowest level.
+ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p) {
+  return p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
+}
+
+/// Three standard errors below the present level. `variance_factor`: of the noise's correlation.
+ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor) {
+  const double variance = level_variance(level_gain(kFastGain, p.count));
+  return p.fast_level - kTestErrors * p.noise * square_root(variance_factor * variance);
+}
+
+/// Whether a ramp has got lower than a run ever did.
+ADAPTLR_HOST_DEVICE inline bool gets_lower(const Progress& p, const Progress& run) {
+  return has_learned(p) &&
+         p.lowest_level < run.lowest_level - kTestErrors * level_error(p.lowest_noise);
+}
+
+/// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
+/// did, or clearly lower than where the run stands. Noise is as correlated on one side as on the
+/// other; where it seems more so, that is the loss wandering.
+ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& archive, State& state,
+                                         Decision& decision) {
+  const Progress p = coarse_progress(config, state);
+  const Progress before = coarse_progress(config, archive.of(state.aside_slot));
+  const bool better =
+      p.count - p.lowest_age >= kSettledSamples &&
+      highest_likely(p) < lowest_likely(before, smaller(p.variance_factor, before.variance_factor));
+  if (gets_lower(p, before) || better)
+    return restart_below(config, p.lowest_log_lr, state, decision);
+  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p) : kNever;
+  const double log_lr = p.lowest_log_lr;
+  return_to_aside(archive, state, decision);
+  state.tested = 1.0;
+  state.ramp_level = level;
+  state.ramp_log_lr = log_lr;
+  state.soft_step = state.step + kSoftPause * config.block_steps;
+}
+
+/// A hard alarm on a ramp. A test whose ramp has learned has an answer, and a run to go back to.
+ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, const Archive& archive,
+                                               State& state, Decision& decision) {
+  if (state.fine.count < kEarlyRamp && !has_learned(state.fine))
+    rescue(config, state.ramp_start, state, decision);
+  else if (is_in(Phase::kTest, state) && has_learned(coarse_progress(config, state)))
+    end_test(config, archive, state, decision);
+  else
+    settle(config, Progress{state.fine}, state, decision);
+}
+
+/// One step of a ramp without an alarm.
+ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive& archive,
+                                             const Reading& reading, State& state,
+                                             Decision& decision) {
+  const Progress& p = state.fine;
+  const double decade_steps = divide(kLnTen, logarithm(state.ramp_growth));
+  if (is_in(Phase::kTest, state)) {
+    if (state.ramp_lr >= kReached * state.cut_factor * own_schedule(config, state))
+      return end_test(config, archive, state, decision);
+  } else if (state.ramp_lr >= kReached * state.ramp_limit ||
+             (has_learned(p) && p.lowest_age + 0.5 >= decade_steps &&
+              reading.fast_rise > kRampErrors)) {
+    return settle(config, Progress{p}, state, decision);
+  }
+}
+
+/// A soft alarm while the weights are not better than at the start, or after a trial in vain: only
+/// a test can tell why, unless the first gradient has called the lr much too high all along. After
+/// a test that told nothing, what its ramp has learned is still a better offer than a run that has
+/// got worse since. The lowest level of a ramp and a present one that a chart has picked are both
+/// extremes: their intervals must not overlap, each as wide as its own level is uncertain.
+ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archive, State& state,
+                                      Decision& decision) {
+  const Progress p = coarse_progress(config, state);
+  if (is_far_above(state)) {
+    state.restarts += 1.0;
+    start_over(config, state, decision);
+  } else if (state.tested == 0.0) {
+    if (config.snapshot_slots >= kSlots)
+      begin_test(config, archive, state, decision);
+  } else if (lowest_likely(p, p.variance_factor) > state.ramp_level) {
+    state.restarts += 1.0;
+    restart_below(config, state.ramp_log_lr, state, decision);
+  }
+}
+
+ADAPTLR_HOST_DEVICE inline void begin_trial(const Config& config, State& state) {
+  state.trial_factor = state.cut_factor;
+  state.trial_level = coarse_progress(config, state).lowest_level;
+  state.cut_factor = divide(state.cut_factor, kTrialCut);
+  enter(Phase::kTrial, state.step, state);
+}
+
+/// Keeps a trial's lr if it brought a new lowest level; if not, the weights may be beyond what a
+/// lower lr can mend, which a test can tell.
+ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archive& archive,
+                                              State& state, Decision& decision) {
+  const Progress p = coarse_progress(config, state);
+  const double error = level_error(p.noise * square_root(p.variance_factor));
+  const double taken = state.step - state.phase_step;
+  const bool helped = p.fast_level < state.trial_level - kTrialErrors * error;
+  if (!helped && taken < kTrialSamples * config.block_steps)
+    return;
+  state.soft_step = state.step + kSoftPause * config.block_steps;
+  if (helped) {
+    state.ceiling = state.cut_factor;
+    state.cuts += 1.0;
+    return go_on_as_before(state.step, state);
+  }
+  state.cut_factor = state.trial_factor;
+  state.trials += 1.0;
+  go_on_as_before(state.step, state);
+  if (state.tested == 0.0)
+    doubt(config, archive, state, decision);
+}
+
+/// Answers a soft alarm, which asks only for an experiment.
+ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& archive,
+                                           int32_t flags, const Reading& reading, State& state,
+                                           Decision& decision) {
+  if (flags & kNoProgress || reading.gain < kNoProgressErrors)
+    doubt(config, archive, state, decision);
+  else if (state.trials < kMaxTrials && state.tested == 0.0 && !is_vouched(state))
+    begin_trial(config, state);
+}
+
+/// Puts the good snapshot back and looks: if the loss is as high with weights that are known to be
+/// good, the data has changed, and neither weights nor lr are to blame.
+ADAPTLR_HOST_DEVICE inline void begin_probe(bool collapsed, const Archive& archive, State& state,
+                                            Decision& decision) {
+  const double slot = spare_slot(state), good = state.good_slot;
+  archive.of(slot) = state;
+  static_cast<Statistics&>(state) = archive.of(good);
+  state.aside_slot = slot;
+  state.pending_slot = kNoSlot;
+  state.probe_sum = 0.0;
+  state.collapsed = collapsed ? 1.0 : 0.0;
+  enter(Phase::kProbe, state.step + 1.0, state);
+  order(static_cast<int32_t>(slot), static_cast<int32_t>(good), decision);
+}
+
+} // namespace adaptlr
