@@ -15,7 +15,7 @@ from benchmarks.quality import free, grid, judge, report
 from benchmarks.quality.data import Labelled
 from benchmarks.quality.methods import ALL_METHODS, METHODS
 from benchmarks.quality.peers import SkipSixSigma
-from benchmarks.quality.peers_report import compared, peers_report
+from benchmarks.quality.peers_report import compared, fixed_rows, peers_report
 from benchmarks.quality.search_report import scored, search_report, search_steps
 from benchmarks.quality.stages import Gradients
 from benchmarks.quality.tasks import ALL_TASKS, TASKS, progress_recovered
@@ -182,6 +182,18 @@ def test_the_judge_reads_scores_off_the_sweep_and_shifts_by_the_other_tasks(sear
     for task, figures in expected.items():
         assert cells[f"| {task}", "sgd"] == figures
     assert "1 searches without a ramp" in " ".join(lines)
+
+
+def test_a_sweep_is_written_as_the_reports_read_it(rows, tmp_path):
+    row = rows[0] | {"task": "gpt", "optimizer": "sgd", "e0": 4.5}
+    losses = {0.1: (2.5, 2.7), 10.0: (2.9, None)}
+    swept = [row | {"lr": lr, "eval_loss": end} for lr, ends in losses.items() for end in ends]
+    report.write_sweep(swept, tmp_path / "sweep.csv")
+    lower, broken = fixed_rows(tmp_path / "sweep.csv")
+    best = TASKS["gpt"].sgd.loss
+    assert (lower["lr"], broken["lr"]) == (0.1, 10.0)
+    assert lower["score"] == pytest.approx(progress_recovered(4.5, 2.6, best))
+    assert broken["score"] == 0.0
 
 
 def test_variants_differ_from_their_tasks_in_one_thing_alone():
