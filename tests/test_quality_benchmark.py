@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from adaptlr.bench.timing import quiet
-from benchmarks.quality import free, grid, report
+from benchmarks.quality import free, grid, judge, report
 from benchmarks.quality.data import Labelled
 from benchmarks.quality.methods import ALL_METHODS, METHODS
 from benchmarks.quality.peers import SkipSixSigma
-from benchmarks.quality.peers_report import compared, peers_report
+from benchmarks.quality.peers_report import compared, fixed_rows, peers_report
 from benchmarks.quality.search_report import scored, search_report, search_steps
 from benchmarks.quality.stages import Gradients
 from benchmarks.quality.tasks import ALL_TASKS, TASKS, progress_recovered
@@ -140,6 +140,60 @@ def test_optimizers_without_a_sweep_are_judged_by_one_beside_them(pictures):
         scored(searched, [])
     shown = search_report(scored(searched, swept), "", report.table, report.grouped, swept)
     assert shown.count("**") == 2 * len(chosen)
+
+
+@pytest.fixture(scope="module")
+def searched(pictures):
+    run = Run("digits", "sgd", "auto", None, 1e-5, seed=0, steps=200)  # the fewest with a ramp
+    with quiet():
+        return train(run, pictures, CPU, graphs=False)
+
+
+def test_the_judge_makes_the_peak_of_a_search_again(searched):
+    ramp, gradient, peak = judge.rates_of(searched, judge.Rule())
+    found = searched["found"]
+    assert gradient == found["estimate"]
+    assert peak == pytest.approx(found["peak"], rel=1e-3)
+    after = [lr for step, _, lr in searched["curve"] if step >= search_steps(searched)]
+    assert max(after) == pytest.approx(found["peak"], rel=0.01)
+    assert judge.rates_of(searched, judge.Rule(weight=1.0, shift=1.0))[2] == 10.0 * ramp
+
+
+def test_the_judge_reads_scores_off_the_sweep_and_shifts_by_the_other_tasks(searched):
+    swept = [
+        searched | {"task": task, "lr": 10.0**exponent, "score": 0.5 + exponent / 4}
+        for task in ("digits", "gpt", "digits_3x_steps")
+        for exponent in (-2, 0, 2)
+    ]
+    rows = [
+        searched | {"task": task, "found": {"peak": 1.0, "estimate": lr, "lowest_lr": 3 * lr}}
+        for task, lr in (("digits", 1.0), ("gpt", 0.1), ("digits_3x_steps", 10.0))
+    ]
+    silent = searched | {"found": searched["found"] | {"lowest_lr": 0.0}}
+    lines = judge.judgement([*rows, silent], swept, judge.Rule()).splitlines()
+    cells = {tuple(line.split(" | ")[:2]): line.strip(" |").split(" | ")[3:] for line in lines[2:6]}
+    done = f"{searched['score']:.3f}"
+    expected = {
+        # Shifted by the error of gpt alone: the variant is the same task.
+        "digits": ["-2.00"] * 3 + ["0.500"] * 3 + [done, "1.000"],
+        "digits_3x_steps": ["-1.00"] * 3 + ["0.750"] * 3 + [done, "1.000"],
+        "gpt": ["-3.00"] * 3 + ["0.250"] * 3 + [done, "0.625"],
+    }
+    for task, figures in expected.items():
+        assert cells[f"| {task}", "sgd"] == figures
+    assert "1 searches without a ramp" in " ".join(lines)
+
+
+def test_a_sweep_is_written_as_the_reports_read_it(rows, tmp_path):
+    row = rows[0] | {"task": "gpt", "optimizer": "sgd", "e0": 4.5}
+    losses = {0.1: (2.5, 2.7), 10.0: (2.9, None)}
+    swept = [row | {"lr": lr, "eval_loss": end} for lr, ends in losses.items() for end in ends]
+    report.write_sweep(swept, tmp_path / "sweep.csv")
+    lower, broken = fixed_rows(tmp_path / "sweep.csv")
+    best = TASKS["gpt"].sgd.loss
+    assert (lower["lr"], broken["lr"]) == (0.1, 10.0)
+    assert lower["score"] == pytest.approx(progress_recovered(4.5, 2.6, best))
+    assert broken["score"] == 0.0
 
 
 def test_variants_differ_from_their_tasks_in_one_thing_alone():

@@ -6,8 +6,11 @@ import inspect
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+import numpy as np
+
 from adaptlr import AdaptiveLR, Guard, TrainingDiverged
 from adaptlr.cli.demo_training import WARMUP
+from adaptlr.telemetry import Flag
 from benchmarks.quality.method import CAPTURED, Story, make_optimizer
 from benchmarks.quality.stages import Eager, Gradients, Stage
 
@@ -65,9 +68,19 @@ class Adaptlr:
             self.controller.check()
         except TrainingDiverged as error:
             self.story.diverged = str(error)
-        self.story.lrs = self.controller.history()["lr"].tolist()
+        records = self.controller.history()
+        self.story.lrs = records["lr"].tolist()
+        self.story.found = _found(records)
         self.story.events = [(e.step, e.kind, e.reason) for e in self.controller.events()]
         return self.story
+
+
+def _found(records: np.ndarray) -> dict[str, float] | None:
+    """Return what the record says that ended a search; docs/algorithm.md names its fields."""
+    for record in records[(records["flags"] & Flag.FOUND) != 0]:
+        named = {"peak": "score", "estimate": "rise", "lowest_lr": "cusum"}
+        return {name: float(f"{record[field]:.4g}") for name, field in named.items()}
+    return None
 
 
 class Auto(Adaptlr):

@@ -23,11 +23,14 @@ class Story:
         lrs: Rate of every step.
         events: (step, kind, reason).
         diverged: Why the run was given up, if it was.
+        found: What a search has told: ``peak``, the ``estimate`` of the first gradient, and the
+            ``lowest_lr`` where the ramp was lowest, 0 where there was none.
     """
 
     lrs: Sequence[float] = field(default_factory=list)
     events: list[tuple[int, str, str]] = field(default_factory=list)
     diverged: str | None = None
+    found: dict[str, float] | None = None
 
     def counts(self) -> dict[str, int]:
         """Return how often each kind of event came."""

@@ -2,7 +2,7 @@
 
 Writes ``guard_<device>.md``, ``.csv`` and ``.png``, ``search_<device>.md`` of the method ``auto``,
 and ``raise_<device>.md`` and ``.csv`` where rates are too low. Rows of a sweep give a table of the
-best rates instead, on stdout, for tasks.py.
+best rates instead, on stdout, for tasks.py, and with ``--sweep-to`` a file of all rates.
 """
 
 from __future__ import annotations
@@ -151,6 +151,20 @@ def sweep_report(rows: Rows) -> str:
     return table(["task", "optimizer", "best lr", "its loss", "untrained", "seeds"], lines)
 
 
+def write_sweep(rows: Rows, file: Path) -> None:
+    """Write the mean loss of every rate: what other reports read scores off."""
+    cells: dict[tuple, Rows] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["task"], row["optimizer"], row["lr"])):
+        cells[row["task"], row["optimizer"], row["lr"]].append(row)
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow(["task", "optimizer", "lr", "eval_loss", "untrained", "seeds"])
+        for (task, optimizer, lr), group in cells.items():
+            ends = [math.nan if row["eval_loss"] is None else row["eval_loss"] for row in group]
+            means = [f"{fmean(losses):.4f}" for losses in (ends, [row["e0"] for row in group])]
+            writer.writerow([task, optimizer, f"{lr:.4g}", *means, len(group)])
+
+
 def write_csv(rows: Rows, file: Path) -> None:
     """Write what the tables are made of; the rows' curves and reasons stay behind."""
     names = [*Run.__dataclass_fields__, "e0", "best_loss", "eval_loss", "score", "seconds"]
@@ -217,6 +231,7 @@ def main() -> None:
     parser.add_argument("--name", default="search", help="of the file with the searches")
     sweeps = RESULTS / "lr_sweep_nvidia-h100-80gb-hbm3.csv"
     parser.add_argument("--sweep", type=Path, default=sweeps, help="where fixed rates are read off")
+    parser.add_argument("--sweep-to", type=Path, help="where the losses of a sweep are written")
     arguments = parser.parse_args()
     rows = [row for file in arguments.rows for row in read_rows(file)]
     facts = "\n".join(header["facts"] for header in headers(arguments.rows))
@@ -231,6 +246,8 @@ def main() -> None:
         write_search(searched, swept, facts, arguments)
     elif swept:
         print(sweep_report(swept))
+        if arguments.sweep_to:
+            write_sweep(swept, arguments.sweep_to)
     if at_multiples:
         write_guard(at_multiples, facts, arguments)
 

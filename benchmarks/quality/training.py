@@ -69,6 +69,7 @@ def train(run: Run, data: Data, device: torch.device, graphs: bool) -> dict:
         "score": best and round(progress_recovered(start, end, best.loss), 4),
         "seconds": round(time.perf_counter() - begun, 2),
         "diverged": story.diverged,
+        "found": story.found,
         "counts": story.counts(),
         "events": story.events[:CURVE_POINTS],
         "curve": _curve(losses, story.lrs),
