@@ -36,7 +36,7 @@ TOP = """\
 # How near a learning-rate finder comes to the best swept rate
 
 Best rate: the lowest held-out loss of a cosine sweep in half decades, 10 % warm-up, clipped
-gradients, two seeds, on an H100 (all of it in [{sweep}]({sweep})). The basin within 5 % of the
+gradients, three seeds, on an H100 (all of it in [{sweep}]({sweep})). The basin within 5 % of the
 best loss is often one point of that sweep wide, so a factor of 1.8 is the resolution.
 *Score*: progress recovered by a run at the pick, interpolated on the sweep; 1 is the best of the
 sweep, 0 is nothing learnt.

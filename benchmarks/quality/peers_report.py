@@ -21,7 +21,7 @@ Progress recovered, (e0 - e) / (e0 - L\\*), where L\\* is the best of a full swe
 on that task. No method is told anything of the task: each has one rate for all of them, or none. Of
 several rates the one with the best mean is shown, which flatters it: nobody knows it beforehand.
 Same model, batches, gradient clipping and number of steps for all; searches pay with their own.
-*fixed*: warm-up and cosine at the best single rate, from the sweep itself (two seeds).
+*fixed*: warm-up and cosine at the best single rate, from the sweep itself (three seeds).
 
 ![Progress recovered, one dot a task]({plot})
 """
