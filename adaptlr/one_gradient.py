@@ -196,7 +196,10 @@ def _power_sum(gradients: list[Tensor], power: int) -> Tensor:
     """Return sum(abs(g) ** power) over all tensors, which may lie on several devices."""
     dtypes = {gradient.dtype for gradient in gradients}
     dtype = reduce(torch.promote_types, dtypes, torch.float32)  # half precision would overflow
-    norms = torch._foreach_norm(gradients, power, dtype=dtype)
+    if all(type(gradient) is Tensor for gradient in gradients):
+        norms: Sequence[Tensor] = torch._foreach_norm(gradients, power, dtype=dtype)
+    else:  # torch 2.14 takes a dtype here for a dimension where gradients are DTensors
+        norms = [torch.linalg.vector_norm(g, power, dtype=dtype) for g in gradients]
     device = norms[0].device
     wide = torch.float32 if device.type == "mps" else torch.float64  # squares leave float32 early
     return (torch.stack([norm.to(device) for norm in norms]).to(wide) ** power).sum()

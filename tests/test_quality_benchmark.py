@@ -106,6 +106,20 @@ def test_the_first_seed_comes_first_and_covers_every_cell():
     assert {replace(run, seed=1) for run in runs[:half]} == set(runs[half:])
 
 
+def test_rates_that_are_too_low_have_a_report_of_their_own(pictures):
+    multiples = (0.01, 0.316, 1)
+    runs = list(grid.guard_grid(["digits"], ["sgd"], ["raise", "raise_alone"], multiples, (0,), 40))
+    best = TASKS["digits"].best("sgd").lr
+    shares = sorted({run.lr / best for run in runs})
+    assert shares == pytest.approx([0.01, 0.1**0.5, 1])
+    with quiet():
+        rows = [train(run, pictures, CPU, graphs=False) for run in runs]
+    text = report.guard_report(rows, "a machine", None)
+    assert "# Learning rates that are too low" in text
+    assert "| optimizer | method | x0.01 | x0.316 | x1 |" in text
+    assert ".png" not in text
+
+
 def test_searches_are_measured_from_rates_that_say_nothing(pictures):
     runs = list(grid.search_grid(["digits"], grid.OPTIMIZERS, ["auto"], (0,), 60))
     assert {run.lr for run in runs} == {*grid.STARTS["adamw"], *grid.STARTS["sgd"]}

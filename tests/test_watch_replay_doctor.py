@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
 import sys
 import threading
 import time
@@ -210,13 +209,14 @@ def test_replay_says_what_is_wrong_in_a_line(tmp_path, text, options, code, mess
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_command_says_that_the_disk_is_full_in_a_line(recorded):
-    program = "from adaptlr.cli import app; app()"
-    command = [sys.executable, "-c", program, "watch", str(recorded), "--once", "--json"]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "adaptlr: the output cannot be written: the disk is full\n"
+@pytest.mark.parametrize("option", ["--once", "--json"])
+def test_a_command_says_that_the_disk_is_full_in_a_line(option, recorded, monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            app(["watch", str(recorded), option])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "adaptlr: the output cannot be written: the disk is full\n"
 
 
 def test_a_recording_without_every_step_is_not_replayed(tmp_path):

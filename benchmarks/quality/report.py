@@ -124,7 +124,7 @@ def guard_report(rows: Rows, facts: str, plot: str | None) -> str:
     method = ("optimizer", "method")
     parts = [
         TOP.format(what=what, facts=facts, runs=len(rows), seeds=seeds, tasks=tasks),
-        "" if plot is None else PLOT.format(plot=plot),
+        *([] if plot is None else [PLOT.format(plot=plot)]),
         summary(rows),
         "\n*ended*: runs that the guard gave up (`TrainingDiverged`); their score counts.",
         "\n## By multiple of the best rate: mean / worst\n",
