@@ -907,6 +907,19 @@ def test_snapshots_take_turns_and_one_that_has_aged_is_good():
     assert (archive[Slot.SECOND].step, archive[Slot.FIRST].step) == (63, 95)
 
 
+@pytest.mark.parametrize(("begin", "patience"), [(8, 20), (16, 20), (30, 5), (60, 5), (200, 5)])
+@pytest.mark.parametrize("noise", [3e-4, 3e-3])
+def test_collapse_into_a_quiet_loss_is_seen_soon(begin: int, patience: int, noise: float):
+    """Learned by heart, then dead, and quiet both times: a level creeps, but a run is short."""
+    losses = 0.01 + 2.3 * np.exp(-np.arange(begin + patience) * 6.0 / begin)
+    losses[begin:] = 2.3
+    losses += noise * np.random.default_rng(0).standard_normal(len(losses))
+    hard = Flag.LOST | Flag.ABOVE | Flag.DIVERGE
+    records, _ = run(dataclasses.replace(CONFIG, guard_mode=GuardMode.OBSERVE), losses)
+    alarms = np.flatnonzero(records["flags"] & hard)
+    assert begin <= alarms[0] < begin + patience
+
+
 def probed(shares: list[float], *, lr: float = 0.0, restarts: float = 0.0) -> tuple[State, dict]:
     """Return how a probe ends that begins with an alarm at step 604, and its archive.
 
