@@ -43,9 +43,10 @@ ADAPTLR_HOST_DEVICE inline bool is_in(Phase phase, const State& state) {
   return state.phase == static_cast<double>(phase);
 }
 
+/// From kRescue on these are all phases but two: one comparison in the usual phase, kRun.
 ADAPTLR_HOST_DEVICE inline bool is_ramp(const State& state) {
-  return is_in(Phase::kRescue, state) || is_in(Phase::kTest, state) ||
-         is_in(Phase::kSearch, state) || is_in(Phase::kRaise, state);
+  return state.phase >= static_cast<double>(Phase::kRescue) && !is_in(Phase::kProbe, state) &&
+         !is_in(Phase::kShift, state);
 }
 
 ADAPTLR_HOST_DEVICE inline void enter(Phase phase, double first_step, State& state) {

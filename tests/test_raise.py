@@ -289,6 +289,17 @@ def test_a_raise_is_refused_where_it_has_no_place(options, why):
         adaptlr.AdaptiveLR(optimizer, 100, guard=Guard(max_factor=10.0), **options)
 
 
+def test_a_raise_for_which_there_is_no_room_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr("adaptlr.snapshot.free_host_bytes", lambda: 1500)
+    weight = torch.nn.Parameter(torch.zeros(25))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    guard = Guard(max_factor=10.0)
+    controller = adaptlr.AdaptiveLR(optimizer, 100, guard=guard, check_lr=False)
+    weight.grad = torch.ones(25)
+    with pytest.warns(UserWarning, match=r"Guard\(max_factor=...\) has no effect: a raise takes"):
+        controller.step(1.0)
+
+
 # On a CUDA device.
 
 
