@@ -52,6 +52,7 @@ FAST_ALARMS = Flag.DIVERGE | COLLAPSE
 DECADE = 10.0  # of LR, above which a snapshot has nothing to do with a collapse
 PROBE_STEPS = 8
 PROBE_LEAD = 1.5  # votes that end a probe early: three of one mind
+PROBE_VOTE = 0.5  # one; it will do for a change of the data that is asked about again
 PROBE_NOISES = 3.0  # that the two levels of a probe are apart at least
 FIRST_QUESTION = 16  # steps after a change of the data
 
@@ -263,7 +264,9 @@ def advance_probe(config: Config, signals: Signals, state: State, archive: Archi
     gap = max(failed.fast_level - usual.fast_level, least_gap(usual))
     share = (signals.loss - usual.fast_level) / gap
     state.probe_sum += min(max(share, 0.0), 1.0) - 0.5
-    if steps_of_phase(state) < PROBE_STEPS and abs(state.probe_sum) < PROBE_LEAD:
+    again = archive[state.aside_slot].phase == Phase.SHIFT
+    lead = PROBE_VOTE if again and state.probe_sum > 0 else PROBE_LEAD
+    if steps_of_phase(state) < PROBE_STEPS and abs(state.probe_sum) < lead:
         return Orders(skip=True)
     if state.probe_sum > 0:
         return accept_shift(config, state, archive)
@@ -308,9 +311,10 @@ def go_on_from_snapshot(config: Config, signals: Signals, state: State, archive:
 
 
 def advance_shift(state: State, archive: Archive) -> Orders:
-    """After 16, 32, 64 ... steps ask whether the snapshot from before is the better one again."""
+    """After 16, 24, 32, 48 ... steps ask whether the snapshot from before is better again."""
     steps = int(steps_of_phase(state))
-    if steps < FIRST_QUESTION or steps.bit_count() > 1:
+    doublings = math.floor(math.log2(steps))
+    if steps < FIRST_QUESTION or steps not in (2**doublings, 1.5 * 2**doublings):
         return Orders()
     usual = archive[state.good_slot].fine
     if state.fine.fast_level - usual.fast_level < least_gap(usual):

@@ -47,7 +47,9 @@ ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
 }
 
 /// One step of a probe. Every loss votes, from -1/2 for the snapshot's own level to 1/2 for the one
-/// that gave the alarm, and none for more than that: a wild loss is one vote.
+/// that gave the alarm, and none for more than that: a wild loss is one vote. Where the data has
+/// changed before and is asked about again, one vote that it is still so will do: there will be
+/// another time.
 ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
                                               const Archive& archive, State& state,
                                               Decision& decision) {
@@ -56,7 +58,9 @@ ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signal
   const double gap =
       larger(archive.of(state.aside_slot).fine.fast_level - usual.fast_level, least_gap(usual));
   state.probe_sum += clamp(divide(signals.loss - usual.fast_level, gap), 0.0, 1.0) - 0.5;
-  const bool sure = fabs(state.probe_sum) >= kProbeSure;
+  const bool again = is_in(Phase::kShift, archive.of(state.aside_slot));
+  const double lead = again && state.probe_sum > 0.0 ? kProbeVote : kProbeSure;
+  const bool sure = fabs(state.probe_sum) >= lead;
   if (!sure && state.step - state.phase_step + 1.0 < kProbeSteps)
     return;
   if (state.probe_sum > 0.0)
@@ -65,12 +69,17 @@ ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signal
     go_on_from_snapshot(config, signals.loss, archive, state, decision);
 }
 
+/// After 16, 24, 32, 48, 64 ... steps: powers of two, and three halves of them.
+ADAPTLR_HOST_DEVICE inline bool is_asked_again(int64_t taken) {
+  const int64_t power = taken & -taken;
+  return taken >= kShiftSteps && (taken == power || taken == 3 * power);
+}
+
 /// One step after a change of the data. Is the snapshot from before the better one again? Not where
 /// the loss is down by itself.
 ADAPTLR_HOST_DEVICE inline void advance_shift(const Archive& archive, State& state,
                                               Decision& decision) {
-  const int64_t taken = static_cast<int64_t>(state.step - state.phase_step) + 1;
-  if (taken < kShiftSteps || (taken & (taken - 1)) != 0) // a power of two
+  if (!is_asked_again(static_cast<int64_t>(state.step - state.phase_step) + 1))
     return;
   const Progress& usual = archive.of(state.good_slot).fine;
   if (state.fine.fast_level - usual.fast_level < least_gap(usual))

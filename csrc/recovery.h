@@ -38,8 +38,8 @@ constexpr double kNever = 1e18;     // above every level
 constexpr double kProbeSteps = 8.0;
 constexpr double kProbeNoises = 3.0; // that the levels a probe decides between are apart at least
 constexpr double kProbeSure = 1.5;   // votes ahead: three losses that all say the same will do
-// After a change of the data the older snapshot is asked again for the first time, and then each
-// time that the change has lasted twice as long.
+constexpr double kProbeVote = 0.5;   // of one loss
+// After a change of the data the older snapshot is asked again for the first time.
 constexpr int64_t kShiftSteps = 16;
 
 /// The states beside the snapshots.

@@ -1004,8 +1004,8 @@ def test_shift_that_lasts_is_asked_about_ever_more_rarely_and_then_accepted():
     state, records = shifted(noisy(200, level=9.0))
     asked = (records["phase"] == Phase.PROBE) & (records["previous_phase"] == Phase.SHIFT)
     # At 64 steps rewarm_steps and hold_steps, 20 and 50, are not over yet.
-    assert np.flatnonzero(asked).tolist() == [15, 31, 63, 127]
-    assert np.flatnonzero(records["phase"] == Phase.SHIFT)[-1] == 126
+    assert np.flatnonzero(asked).tolist() == [15, 23, 31, 47, 63, 95]
+    assert np.flatnonzero(records["phase"] == Phase.SHIFT)[-1] == 94
     assert (state.phase, state.cuts, state.restarts) == (Phase.RUN, 0, 0)
     assert state.good_slot
 
