@@ -31,7 +31,10 @@ constexpr double kTrialCut = 4.0;
 constexpr double kTrialSamples = 20.0;
 constexpr double kTrialErrors = 2.5;
 constexpr double kMaxTrials = 3.0;
-constexpr double kTestErrors = 3.0;
+// Of levels that were picked, under noise whose tails its scale does not see. After a test a run is
+// doubted for the second time.
+constexpr double kTestErrors = 4.0;
+constexpr double kWorseErrors = 3.0;
 constexpr double kSoftPause = 24.0; // samples after a trial or a test
 constexpr double kNever = 1e18;     // above every level
 
@@ -276,15 +279,16 @@ ADAPTLR_HOST_DEVICE inline void return_to_aside(const Archive& archive, State& s
   order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
 }
 
-/// Three standard errors above the lowest level.
-ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p) {
-  return p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
+/// So many standard errors above the lowest level.
+ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p, double errors) {
+  return p.lowest_level + errors * p.lowest_noise * square_root(p.lowest_variance);
 }
 
-/// Three standard errors below the present level. `variance_factor`: of the noise's correlation.
-ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor) {
+/// So many standard errors below the present level. `variance_factor`: of the noise's correlation.
+ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor,
+                                                double errors) {
   const double variance = level_variance(level_gain(kFastGain, p.count));
-  return p.fast_level - kTestErrors * p.noise * square_root(variance_factor * variance);
+  return p.fast_level - errors * p.noise * square_root(variance_factor * variance);
 }
 
 /// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
@@ -297,12 +301,12 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
   const bool lower =
       has_learned(p) &&
       p.lowest_level < before.lowest_level - kTestErrors * level_error(p.lowest_noise);
-  const bool better =
-      p.count - p.lowest_age >= kSettledSamples &&
-      highest_likely(p) < lowest_likely(before, smaller(p.variance_factor, before.variance_factor));
+  const double factor = smaller(p.variance_factor, before.variance_factor);
+  const bool better = p.count - p.lowest_age >= kSettledSamples &&
+                      highest_likely(p, kTestErrors) < lowest_likely(before, factor, kTestErrors);
   if (lower || better)
     return restart_below(config, p.lowest_log_lr, state, decision);
-  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p) : kNever;
+  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p, kWorseErrors) : kNever;
   const double log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
   state.tested = 1.0;
@@ -353,7 +357,7 @@ ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archi
   } else if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
-  } else if (lowest_likely(p, p.variance_factor) > state.ramp_level) {
+  } else if (lowest_likely(p, p.variance_factor, kWorseErrors) > state.ramp_level) {
     state.restarts += 1.0;
     restart_below(config, state.ramp_log_lr, state, decision);
   }
