@@ -325,7 +325,7 @@ def experiment(
     config: Config, flags: Flag, reading: Reading, state: State, archive: Archive
 ) -> Orders:
     """Answer a soft alarm: with a test where nothing is won yet, else with a trial."""
-    if flags & Flag.NO_PROGRESS or reading.gain < 1:
+    if flags & Flag.NO_PROGRESS or reading.gain < 1 or is_far_above(state):
         return doubt(config, state, archive)
     if state.trials < MOST_TRIALS and not state.tested and not is_vouched(state):
         begin_trial(config, state)
@@ -335,8 +335,8 @@ def experiment(
 def doubt(config: Config, state: State, archive: Archive) -> Orders:
     """Test once; later on, take what the test's ramp had reached if the run has got worse."""
     if is_far_above(state):
-        state.restarts += 1
-        return start_over(config, state)
+        state.restarts += 1  # the lowest of a level that stands still tells no LR
+        return restart(config, state.estimate, state)
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)

@@ -352,8 +352,8 @@ ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archi
                                       Decision& decision) {
   const Progress p = coarse_progress(config, state);
   if (is_far_above(state)) {
-    state.restarts += 1.0;
-    start_over(config, state, decision);
+    state.restarts += 1.0; // a level that stands still has its lowest anywhere: no landmark
+    restart(config, state.estimate, state, decision);
   } else if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
@@ -397,7 +397,7 @@ ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archiv
 ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& archive,
                                            int32_t flags, const Reading& reading, State& state,
                                            Decision& decision) {
-  if (flags & kNoProgress || reading.gain < kNoProgressErrors)
+  if (flags & kNoProgress || reading.gain < kNoProgressErrors || is_far_above(state))
     doubt(config, archive, state, decision);
   else if (state.trials < kMaxTrials && state.tested == 0.0 && !is_vouched(state))
     begin_trial(config, state);
