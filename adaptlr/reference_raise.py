@@ -34,6 +34,7 @@ from adaptlr.reference_state import Archive, Config, Phase, Progress, Slot, Stat
 WINDOW = (1.5, 4.0)  # in which a slow run is noticed, in chart_steps
 SLOW = 0.15  # of the first loss: a good LR has won more by then
 LEAST_RAISE = 2.0
+RAISE_ERRORS = 3.0  # below the run: a raise is on probation yet
 
 
 def may_raise(config: Config, state: State) -> bool:
@@ -107,7 +108,8 @@ def end_raise(config: Config, arrived: bool, state: State, archive: Archive) -> 
         archive: The states beside the snapshots.
     """
     before = coarse_progress(config, archive[state.aside_slot])
-    lr = shown_lr(config, state) if gets_lower(coarse_progress(config, state), before) else 0.0
+    won = gets_lower(coarse_progress(config, state), before, RAISE_ERRORS)
+    lr = shown_lr(config, state) if won else 0.0
     seen = has_learned(state.fine)
     if arrived and state.estimate > 3 * config.max_factor:
         lr = config.max_factor
@@ -164,7 +166,7 @@ def prove_raise(config: Config, state: State, archive: Archive) -> Orders | None
     if not is_on_probation(state) or not state.pending_slot:
         return None
     before = coarse_progress(config, archive[state.aside_slot])
-    if not gets_lower(coarse_progress(config, state), before):
+    if not gets_lower(coarse_progress(config, state), before, RAISE_ERRORS):
         return undo_raise(config, state, archive)
     state.aside_slot = NOTHING
     return None

@@ -28,7 +28,7 @@ from adaptlr.reference_state import (
 RAMP_REACH = 50.0  # a ramp begins this far below the LR that failed
 DECADE_STEPS = 12.0  # of a ramp, at least
 WARMUP_DIVISOR, RAMP_DIVISOR = 4.0, 3.0  # from the LR of the lowest level to one that holds
-TEST_ERRORS, TRIAL_ERRORS = 3.0, 2.5
+TEST_ERRORS, WORSE_ERRORS, TRIAL_ERRORS = 4.0, 3.0, 2.5
 TRIAL_SAMPLES, TRIAL_CUT, MOST_TRIALS = 20, 4.0, 3
 PAUSE_SAMPLES = 24  # of the soft charts after a trial or a test
 SURE_ERRORS = 4.0  # of progress that is more than the luckiest of many levels
@@ -108,16 +108,16 @@ def take_statistics(source: Statistics, state: State) -> None:
         setattr(state, field.name, copy.deepcopy(getattr(source, field.name)))
 
 
-def highest_likely(progress: Progress) -> float:
-    """Return three standard errors above the lowest level."""
+def highest_likely(progress: Progress, errors: float) -> float:
+    """Return so many standard errors above the lowest level."""
     error = progress.lowest_noise * math.sqrt(progress.lowest_variance)
-    return progress.lowest_level + TEST_ERRORS * error
+    return progress.lowest_level + errors * error
 
 
-def lowest_likely(progress: Progress, variance_factor: float) -> float:
-    """Return three standard errors below the present level."""
+def lowest_likely(progress: Progress, variance_factor: float, errors: float) -> float:
+    """Return so many standard errors below the present level."""
     variance = variance_factor * variance_of(FAST_GAIN, progress)
-    return progress.fast_level - TEST_ERRORS * progress.noise * math.sqrt(variance)
+    return progress.fast_level - errors * progress.noise * math.sqrt(variance)
 
 
 # From the start.
@@ -274,10 +274,10 @@ def begin_test(config: Config, state: State, archive: Archive) -> Orders:
     return orders._replace(save=slot)
 
 
-def gets_lower(progress: Progress, run: Progress) -> bool:
-    """Say whether a ramp has got lower than a run ever did."""
+def gets_lower(progress: Progress, run: Progress, errors: float) -> bool:
+    """Say whether a ramp has got lower than a run ever did, by so many standard errors."""
     error = level_error(progress.lowest_noise)
-    lower = progress.lowest_level < run.lowest_level - TEST_ERRORS * error
+    lower = progress.lowest_level < run.lowest_level - errors * error
     return lower and has_learned(progress)
 
 
@@ -287,13 +287,14 @@ def end_test(config: Config, state: State, archive: Archive) -> Orders:
     before = coarse_progress(config, archive[state.aside_slot])
     settled = progress.count - progress.lowest_age >= SETTLED_SAMPLES
     factor = min(progress.variance_factor, before.variance_factor)
-    better = settled and highest_likely(progress) < lowest_likely(before, factor)
-    if better or gets_lower(progress, before):
+    highest = highest_likely(progress, TEST_ERRORS)
+    better = settled and highest < lowest_likely(before, factor, TEST_ERRORS)
+    if better or gets_lower(progress, before, TEST_ERRORS):
         return restart_below(config, progress.lowest_log_lr, state)
     orders = return_to_aside(state, archive)
     state.tested = 1.0
     sure = progress.lowest_evidence > SURE_ERRORS
-    state.ramp_level = highest_likely(progress) if sure else NEVER
+    state.ramp_level = highest_likely(progress, WORSE_ERRORS) if sure else NEVER
     state.ramp_log_lr = progress.lowest_log_lr
     state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
     return orders
@@ -344,7 +345,7 @@ def experiment(
     config: Config, flags: Flag, reading: Reading, state: State, archive: Archive
 ) -> Orders:
     """Answer a soft alarm: with a test where nothing is won yet, else with a trial."""
-    if flags & Flag.NO_PROGRESS or reading.gain < 1:
+    if flags & Flag.NO_PROGRESS or reading.gain < 1 or is_far_above(state):
         return doubt(config, state, archive)
     if state.trials < MOST_TRIALS and not state.tested and not is_vouched(state):
         begin_trial(config, state)
@@ -354,12 +355,13 @@ def experiment(
 def doubt(config: Config, state: State, archive: Archive) -> Orders:
     """Test once; later on, take what the test's ramp had reached if the run has got worse."""
     if is_far_above(state):
-        state.restarts += 1
-        return start_over(config, state)
+        state.restarts += 1  # the lowest of a level that stands still tells no LR
+        return restart(config, state.estimate, state)
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)
-    if lowest_likely(progress, progress.variance_factor) <= state.ramp_level:
+    lowest = lowest_likely(progress, progress.variance_factor, WORSE_ERRORS)
+    if lowest <= state.ramp_level:
         return Orders()
     state.restarts += 1
     return restart_below(config, state.ramp_log_lr, state)

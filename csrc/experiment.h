@@ -10,7 +10,10 @@ constexpr double kTrialCut = 4.0;
 constexpr double kTrialSamples = 20.0;
 constexpr double kTrialErrors = 2.5;
 constexpr double kMaxTrials = 3.0;
-constexpr double kTestErrors = 3.0;
+// Of levels that were picked, under noise whose tails its scale does not see. After a test a run is
+// doubted for the second time.
+constexpr double kTestErrors = 4.0;
+constexpr double kWorseErrors = 3.0;
 constexpr double kSoftPause = 24.0; // samples after a trial or a test
 
 /// Steps of a decade of lr on a ramp that is to reach what the run has reached: the later, the
@@ -64,21 +67,21 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_aside(const Archive& arch
   order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
 }
 
-/// Three standard errors above the lowest level.
-ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p) {
-  return p.lowest_level + kTestErrors * p.lowest_noise * square_root(p.lowest_variance);
+/// So many standard errors above the lowest level.
+ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p, double errors) {
+  return p.lowest_level + errors * p.lowest_noise * square_root(p.lowest_variance);
 }
 
-/// Three standard errors below the present level. `variance_factor`: of the noise's correlation.
-ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor) {
+/// So many standard errors below the present level. `variance_factor`: of the noise's correlation.
+ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor,
+                                                double errors) {
   const double variance = level_variance(level_gain(kFastGain, p.count));
-  return p.fast_level - kTestErrors * p.noise * square_root(variance_factor * variance);
+  return p.fast_level - errors * p.noise * square_root(variance_factor * variance);
 }
 
-/// Whether a ramp has got lower than a run ever did.
-ADAPTLR_HOST_DEVICE inline bool gets_lower(const Progress& p, const Progress& run) {
-  return has_learned(p) &&
-         p.lowest_level < run.lowest_level - kTestErrors * level_error(p.lowest_noise);
+/// Whether a ramp has got lower than a run ever did, by so many standard errors.
+ADAPTLR_HOST_DEVICE inline bool gets_lower(const Progress& p, const Progress& run, double errors) {
+  return has_learned(p) && p.lowest_level < run.lowest_level - errors * level_error(p.lowest_noise);
 }
 
 /// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
@@ -88,12 +91,12 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
                                          Decision& decision) {
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
-  const bool better =
-      p.count - p.lowest_age >= kSettledSamples &&
-      highest_likely(p) < lowest_likely(before, smaller(p.variance_factor, before.variance_factor));
-  if (gets_lower(p, before) || better)
+  const double factor = smaller(p.variance_factor, before.variance_factor);
+  const bool better = p.count - p.lowest_age >= kSettledSamples &&
+                      highest_likely(p, kTestErrors) < lowest_likely(before, factor, kTestErrors);
+  if (gets_lower(p, before, kTestErrors) || better)
     return restart_below(config, p.lowest_log_lr, state, decision);
-  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p) : kNever;
+  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p, kWorseErrors) : kNever;
   const double log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
   state.tested = 1.0;
@@ -138,12 +141,12 @@ ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archi
                                       Decision& decision) {
   const Progress p = coarse_progress(config, state);
   if (is_far_above(state)) {
-    state.restarts += 1.0;
-    start_over(config, state, decision);
+    state.restarts += 1.0; // a level that stands still has its lowest anywhere: no landmark
+    restart(config, state.estimate, state, decision);
   } else if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);
-  } else if (lowest_likely(p, p.variance_factor) > state.ramp_level) {
+  } else if (lowest_likely(p, p.variance_factor, kWorseErrors) > state.ramp_level) {
     state.restarts += 1.0;
     restart_below(config, state.ramp_log_lr, state, decision);
   }
@@ -183,7 +186,7 @@ ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archiv
 ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& archive,
                                            int32_t flags, const Reading& reading, State& state,
                                            Decision& decision) {
-  if (flags & kNoProgress || reading.gain < kNoProgressErrors)
+  if (flags & kNoProgress || reading.gain < kNoProgressErrors || is_far_above(state))
     doubt(config, archive, state, decision);
   else if (state.trials < kMaxTrials && state.tested == 0.0 && !is_vouched(state))
     begin_trial(config, state);

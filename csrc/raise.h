@@ -11,6 +11,7 @@ namespace adaptlr {
 constexpr double kRaiseFrom = 1.5; // W': by then a run at a good lr has won more than kSlowShare
 constexpr double kRaiseUntil = 4.0;
 constexpr double kSlowShare = 0.15;  // of the first loss
+constexpr double kRaiseErrors = 3.0; // below the run: a raise is on probation yet
 constexpr double kLeastRaise = 2.0;  // less is not worth a restart
 constexpr double kPastDecades = 0.5; // of a ramp, beyond its lowest level
 
@@ -115,7 +116,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_raise(const Config& config, con
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
   const bool unharmed = arrived && state.estimate > kVouched * config.max_factor;
-  const double shown = gets_lower(p, before) ? shown_lr(config, state) : 0.0;
+  const double shown = gets_lower(p, before, kRaiseErrors) ? shown_lr(config, state) : 0.0;
   const double lr = unharmed ? config.max_factor : shown;
   if (lr < kLeastRaise)
     return undo_raise(config, archive, state, decision);
@@ -142,7 +143,7 @@ ADAPTLR_HOST_DEVICE inline bool is_disproved(const Config& config, const Archive
                                              const State& state) {
   return is_on_probation(state) && state.pending_slot != kNoSlot &&
          !gets_lower(coarse_progress(config, state),
-                     coarse_progress(config, archive.of(state.aside_slot)));
+                     coarse_progress(config, archive.of(state.aside_slot)), kRaiseErrors);
 }
 
 /// A soft alarm. Below what the first gradient suggests it asks for a higher lr; at a raised one

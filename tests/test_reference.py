@@ -807,7 +807,7 @@ def test_test_of_a_run_without_progress_is_slower_the_later_it_comes():
     assert (state.phase, state.ramp_start, state.restarts) == (Phase.TEST, 2e-4, 1)
     decades = math.log10(schedule(CONFIG, 200) / 2e-4)  # 3.7: 120 steps of 200
     assert state.ramp_growth ** (120 / decades) == pytest.approx(10, rel=1e-13)
-    # A level of 1.9 less three errors of 0.1 is the mark.
+    # A level of 1.9 less four errors of 0.1 is the mark.
     archive[Slot.FIRST].fine.variance_factor = 1.0
     archive[Slot.FIRST].fine.noise = 0.3  # where the run stands is not sure enough
     state.fine = Progress(count=60, lowest_evidence=4.1, lowest_noise=0.1, lowest_level=1.81)
@@ -820,7 +820,7 @@ def test_test_of_a_run_without_progress_is_slower_the_later_it_comes():
     unsure.fine.lowest_evidence = 3.9
     reference_recovery.end_test(WITH_SNAPSHOTS, unsure, archive)
     assert unsure.ramp_level == reference_recovery.NEVER
-    state.fine.lowest_level = 1.9 - 3 * 0.1 * math.sqrt(2 / 15) - 1e-9
+    state.fine.lowest_level = 1.9 - 4 * 0.1 * math.sqrt(2 / 15) - 1e-9
     assert reference_recovery.end_test(WITH_SNAPSHOTS, state, archive).restore == Slot.START
     assert state.phase == Phase.REWARM
 
@@ -839,7 +839,7 @@ def a_test_under_way(ramp, run):
 @pytest.mark.parametrize("factors", [(1.0, 20.0), (20.0, 1.0), (1.0, 1.0)])
 def test_a_loss_that_wanders_does_not_excuse_the_run_in_a_test(factors):
     ramp = {"lowest_level": 1.8, "lowest_age": 10, "variance_factor": factors[0]}
-    run = {"lowest_level": 1.7, "fast_level": 2.0, "variance_factor": factors[1]}
+    run = {"lowest_level": 1.7, "fast_level": 2.1, "variance_factor": factors[1]}
     state, archive = a_test_under_way(ramp, run)
     orders = reference_recovery.end_test(WITH_SNAPSHOTS, state, archive)
     assert (orders.restore, state.phase) == (Slot.START, Phase.REWARM)
