@@ -193,15 +193,15 @@ extern "C" __global__ void __launch_bounds__(kLanes)
     block.restore = outcome.zeroes_moments ? int32_t{kNoSlot} : decision.restore;
   }
   __syncwarp();
-  if (outcome.zeroes_moments)
-    zero_moments(block, lane);
-
+  // What goes to the host first: it takes longest.
+  write_lines(outcome, staged.cursor, lane);
+  publish(staged.cursor, staged.ring.header, lane);
   if (!host_sets_lr)
     write_lrs(peaks, outcome.multiplier, block, lane);
   for (unsigned i = lane; i < kChangedBytes / kVectorBytes; i += kLanes)
     reinterpret_cast<uint4*>(&block)[i] = reinterpret_cast<const uint4*>(&staged)[i];
-  publish(staged.cursor, staged.ring.header, lane);
-  write_lines(outcome, staged.cursor, lane);
+  if (outcome.zeroes_moments)
+    zero_moments(block, lane);
 }
 
 /// Launched as the control step is, to measure what the launch alone costs.
