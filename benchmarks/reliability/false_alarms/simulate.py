@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from families import Family, Random, times
 
-from adaptlr._extension import HostController
+from adaptlr._extension import ZERO_MOMENT, HostController
 from adaptlr.config import Guard, ResolvedConfig
 from adaptlr.telemetry import Flag, Phase, Slot
 
@@ -101,7 +101,7 @@ class Replay:
             save, restore = action >> SAVE_SHIFT & SLOT_MASK, action >> RESTORE_SHIFT & SLOT_MASK
             if save:
                 self.save(save, step)
-            if restore:
+            if restore not in (0, ZERO_MOMENT):  # a cut puts no weights back
                 self.restore(restore, step)
 
 
