@@ -23,6 +23,7 @@ from benchmarks.quality.digits import digits
 
 STEPS, BATCH = 400, 64
 WRONG_LABELS = 0.2  # a share of every batch, drawn anew: else the loss goes to 0 and has no noise
+ROWS, LETTER = 3, 5  # of labels above a picture; how many steps a letter takes
 BROKEN_STEP, SHUFFLED_STEP, CHANGED_STEP = 150, 220, 240
 COLORS = {
     Phase.SEARCH: "#8b3fb5",
@@ -107,15 +108,15 @@ def shade_phases(axes: Axes, phases: np.ndarray) -> None:
 
 
 def name_events(axes: Axes, events: list[adaptlr.Event]) -> None:
-    """Write the kind of every event at its step, in two rows; leave out one that follows soon."""
-    transform, last, upper = axes.get_xaxis_transform(), -STEPS, False
+    """Write the kind of every event at its step, in the lowest row with room, or not at all."""
+    transform, ends = axes.get_xaxis_transform(), [-STEPS] * ROWS
     for event in events:
         axes.axvline(event.step, color="0.3", linewidth=0.8, linestyle=(0, (3, 3)))
-        if event.step - last > 6:
-            upper = not upper and event.step - last < 40
-            height = 1.08 if upper else 1.01
+        row = next((row for row in range(ROWS) if ends[row] < event.step), None)
+        if row is not None:
+            height = 1.01 + 0.07 * row
             axes.text(event.step, height, event.kind, transform=transform, size=9)
-            last = event.step
+            ends[row] = event.step + LETTER * len(event.kind)
 
 
 def main() -> None:
