@@ -89,7 +89,7 @@ def demo() -> Task:
     return Task(name, DEMO_STEPS, make)
 
 
-def small(device: torch.device) -> Task:
+def small(device: torch.device, steps: int) -> Task:
     """Train a linear model of 17 parameters."""
 
     def make() -> tuple[torch.optim.Optimizer, LossOf]:
@@ -104,7 +104,7 @@ def small(device: torch.device) -> Task:
 
         return torch.optim.SGD(model.parameters(), lr=1e-3), loss_of
 
-    return Task("a linear model of 17 parameters", SMALL_STEPS, make)
+    return Task("a linear model of 17 parameters", steps, make)
 
 
 def row(task: Task, pairs: int) -> str:
@@ -129,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--steps", type=int, default=SMALL_STEPS, help="of the small model")
     parser.add_argument("--commit", default="", help="commit of the sources, outside of a clone")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -140,9 +141,9 @@ def main() -> None:
         "| its thread, µs a step | share |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    tasks = [small(device)] if device.type == "cuda" else [demo(), small(device)]
-    for task in tasks:
-        print(row(task, options.pairs if task.steps == SMALL_STEPS else 1))
+    if device.type != "cuda":
+        print(row(demo(), 1))
+    print(row(small(device, options.steps), options.pairs))
 
 
 if __name__ == "__main__":
