@@ -76,7 +76,7 @@ bool locate(DeviceLoop& loop, PyObject* loss) {
     }
     loop.dtype = dtype_of(tensor);
     loop.address = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
-    return loop.dtype >= 0 && dlpack::elements_of(tensor) == 1 &&
+    return tensor.data != nullptr && loop.dtype >= 0 && dlpack::elements_of(tensor) == 1 &&
            tensor.device_type == dlpack::kCuda && tensor.device_index == loop.device;
   }
   loop.dtype = dtype_of(loop, loss);

@@ -23,11 +23,14 @@ HostLoop& loop_of(PyObject* self) { return *reinterpret_cast<HostLoop*>(self); }
 /// false for anything else.
 bool read_in_place(const HostLoop& loop, PyObject* loss, double& value) {
   dlpack::Tensor tensor{};
-  if (loop.exchange == nullptr || reinterpret_cast<PyObject*>(Py_TYPE(loss)) != loop.tensor_type ||
-      loop.exchange->describe(loss, &tensor) != 0)
+  if (loop.exchange == nullptr || reinterpret_cast<PyObject*>(Py_TYPE(loss)) != loop.tensor_type)
     return false;
-  if (tensor.device_type != dlpack::kCpu || tensor.type_code != dlpack::kFloat ||
-      dlpack::elements_of(tensor) != 1)
+  if (loop.exchange->describe(loss, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (tensor.data == nullptr || tensor.device_type != dlpack::kCpu ||
+      tensor.type_code != dlpack::kFloat || dlpack::elements_of(tensor) != 1)
     return false;
   const auto* element = static_cast<const unsigned char*>(tensor.data) + tensor.byte_offset;
   if (tensor.bits == 32)

@@ -209,6 +209,7 @@ class Subclass(torch.Tensor):
         torch.arange(5.0, dtype=torch.float64)[3:4].expand(1, 1),
         torch.nn.Parameter(torch.tensor(3.0)),
         torch.tensor(3.0).as_subclass(Subclass),
+        torch.sparse_coo_tensor([[0]], [3.0], (1,), check_invariants=False),
         3.0,
     ],
     ids=lambda loss: f"{type(loss).__name__} {getattr(loss, 'dtype', '')}",
