@@ -22,10 +22,9 @@ import numpy as np
 from adaptlr import peer_rules
 from adaptlr.ramp import Baseline, Ramp
 from benchmarks.quality.find_lr import peer_picks
-from benchmarks.quality.report import RESULTS, headers, table
+from benchmarks.quality.report import RESULTS, SWEEP, headers, table
 from benchmarks.quality.tasks import ALL_TASKS, TASKS, progress_recovered
 
-SWEEP = RESULTS / "lr_sweep_nvidia-h100-80gb-hbm3.csv"
 RECORDED = RESULTS / "lr_ramps_nvidia-h100-80gb-hbm3.jsonl"
 BASELINE = 8  # losses of a recorded ramp that were taken at harmless rates
 FACTOR = 3.0

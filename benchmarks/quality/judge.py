@@ -22,7 +22,7 @@ import numpy as np
 from adaptlr.reference_recovery import RAMP_DIVISOR
 from benchmarks.quality.grid import read_rows
 from benchmarks.quality.peers_report import fixed_rows
-from benchmarks.quality.report import RESULTS, grouped, table
+from benchmarks.quality.report import SWEEP, grouped, table
 from benchmarks.quality.search_report import scored
 from benchmarks.quality.tasks import ALL_TASKS
 
@@ -121,8 +121,7 @@ def judgement(rows: Rows, swept: Rows, rule: Rule) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path, nargs="+", help="files that run.py has written")
-    sweeps = RESULTS / "lr_sweep_nvidia-h100-80gb-hbm3.csv"
-    parser.add_argument("--sweep", type=Path, default=sweeps, help="where rates are read off")
+    parser.add_argument("--sweep", type=Path, default=SWEEP, help="where rates are read off")
     for name, default in Rule()._asdict().items():
         parser.add_argument(f"--{name}", type=float, default=default, help="see Rule")
     arguments = parser.parse_args()

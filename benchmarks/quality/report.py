@@ -30,6 +30,7 @@ from benchmarks.quality.tasks import ALL_TASKS
 from benchmarks.quality.training import Run
 
 RESULTS = Path(__file__).parents[1] / "results"
+SWEEP = RESULTS / "lr_sweep_nvidia-h100-80gb-hbm3.csv"
 
 ORDER = {
     "task": list(ALL_TASKS),
@@ -229,8 +230,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path, nargs="+", help="files that run.py has written")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--name", default="search", help="of the file with the searches")
-    sweeps = RESULTS / "lr_sweep_nvidia-h100-80gb-hbm3.csv"
-    parser.add_argument("--sweep", type=Path, default=sweeps, help="where fixed rates are read off")
+    parser.add_argument("--sweep", type=Path, default=SWEEP, help="where fixed rates are read off")
     parser.add_argument("--sweep-to", type=Path, help="where the losses of a sweep are written")
     arguments = parser.parse_args()
     rows = [row for file in arguments.rows for row in read_rows(file)]
