@@ -50,7 +50,7 @@ def _why_not_by_parameters(form: str, optimizer: torch.optim.Optimizer) -> str |
         if type(parameter.data) is not torch.Tensor:
             return f"a parameter is a {type(parameter.data).__name__}"
     devices = {parameter.device for parameter in parameters}
-    if form == CAPTURABLE and len(devices) > 1:
+    if len(devices) > 1:  # torch reads lr beside the parameters, and does not copy it everywhere
         return f"the parameters are on {len(devices)} devices"
     return None
 

@@ -121,15 +121,12 @@ class Split(torch.nn.Module):
 
 
 @needs_two
-@pytest.mark.parametrize(
-    ("optimizer", "path"),
-    [(torch.optim.SGD, "fused"), (torch.optim.AdamW, "fused"), (torch.optim.RMSprop, "float")],
-)
-def test_parameters_may_lie_on_two_devices(make_model, data, optimizer, path):
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_parameters_may_lie_on_two_devices(make_model, data, optimizer):
     model = Split(make_model())
     made = optimizer(model.parameters(), lr=0.01)
     controller = AdaptiveLR(made, total_steps=40, snapshot="off")
-    assert repr(path) in repr(controller)
+    assert "'float'" in repr(controller)
     train(controller, model, data[:10])
     kept = parameters_of(model)
     loss = loss_of(model, data[0]) * NAN
