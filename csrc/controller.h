@@ -99,6 +99,12 @@ ADAPTLR_HOST_DEVICE inline bool is_event(const Config& config, int32_t flags, do
   return ends || (flags & (kFarLr | kFound)) != 0 || (guarded && answered);
 }
 
+/// Whether the loss is one for the collapse charts.
+ADAPTLR_HOST_DEVICE inline bool watches_progress(const Config& config, double loss,
+                                                 const State& state) {
+  return config.guard_mode != GuardMode::kOff && is_finite(loss) && !is_in(Phase::kFailed, state);
+}
+
 /// ln of the lr of the update that led to this loss; before the first, of the one to come. An lr of
 /// 0 has led nowhere.
 ADAPTLR_HOST_DEVICE inline double log_lr_behind(const Config& config, const State& state) {
@@ -107,32 +113,55 @@ ADAPTLR_HOST_DEVICE inline double log_lr_behind(const Config& config, const Stat
   return state.lr > 0.0 ? logarithm(state.lr) : state.fine.log_lr;
 }
 
-/// Feeds all charts. `differences` are those that the loss brings. Works on copies, which live in
-/// registers.
-ADAPTLR_HOST_DEVICE inline Reading measure(const Config& config, const Signals& signals,
-                                           const Differences& differences, State& state,
-                                           double& scale, Decision& decision) {
+/// What a step measures, before anything is decided. Its parts do not depend on each other: on the
+/// device a warp of its own works on each.
+struct Measurements {
+  Curve curve;      // with the loss and the gradient norm taken in
+  double scale;     // that the score was measured in
+  int32_t flags;    // of the gradient, and of the charts of the curve
+  Reading reading;  // of the collapse charts
+  double scheduled; // share of the peak
+};
+
+/// Feeds the charts of the long run. Works on a copy, which lives in registers.
+ADAPTLR_HOST_DEVICE inline void measure_curve(const Signals& signals, const State& state,
+                                              Measurements& measured) {
   Curve curve = state;
-  decision.flags |= gradient_flags(signals) | detect(signals.loss, curve, scale);
-  if (is_sample(signals, decision.flags))
-    decision.flags |= detect_norm(signals.grad_norm, curve);
-  Reading reading{};
-  if (config.guard_mode != GuardMode::kOff && is_finite(signals.loss))
-    reading =
-        watch_progress(config, signals.loss, log_lr_behind(config, state), differences, state);
-  if (reading.outlier && curve.samples > kStartupSamples) {
-    curve.outlier_run = state.outlier_run + 1.0;
-    decision.flags |= curve.outlier_run >= kOutlierRun ? kDiverge : 0;
+  if (is_in(Phase::kFailed, state)) {
+    measured.scale = scale_of(curve);
+  } else {
+    measured.flags = gradient_flags(signals) | detect(signals.loss, curve, measured.scale);
+    if (is_sample(signals, measured.flags))
+      measured.flags |= detect_norm(signals.grad_norm, curve);
   }
-  static_cast<Curve&>(state) = curve;
-  decision.flags |= reading.flags;
-  return reading;
+  measured.curve = curve;
 }
 
-/// The lr of this step, and what the charts and the next step need to know of it.
-ADAPTLR_HOST_DEVICE inline void set_lr(const Config& config, const Signals& signals, State& state,
-                                       Decision& decision) {
-  const double scheduled = schedule(config, state.step);
+/// Feeds the collapse charts. `differences` are those that the loss brings. Of the State it changes
+/// what Statistics has beside the Curve.
+ADAPTLR_HOST_DEVICE inline Reading measure_progress(const Config& config, double loss,
+                                                    const Differences& differences, State& state) {
+  if (!watches_progress(config, loss, state))
+    return Reading{};
+  return watch_progress(config, loss, log_lr_behind(config, state), differences, state);
+}
+
+/// Takes over what was measured. A run of outliers shows in both kinds of charts together.
+ADAPTLR_HOST_DEVICE inline int32_t take_over(const Measurements& measured, State& state) {
+  const double outliers = state.outlier_run + 1.0;
+  static_cast<Curve&>(state) = measured.curve;
+  int32_t flags = measured.flags | measured.reading.flags;
+  if (measured.reading.outlier && state.samples > kStartupSamples) {
+    state.outlier_run = outliers;
+    flags |= outliers >= kOutlierRun ? kDiverge : 0;
+  }
+  return flags;
+}
+
+/// The lr of this step, and what the charts and the next step need to know of it. `scheduled` is
+/// what the schedule says.
+ADAPTLR_HOST_DEVICE inline void set_lr(const Config& config, const Signals& signals,
+                                       double scheduled, State& state, Decision& decision) {
   state.factor = rewarmed_factor(config, state);
   decision.multiplier = state.factor * scheduled;
   if (leaves_schedule(config, state)) {
@@ -150,36 +179,50 @@ ADAPTLR_HOST_DEVICE inline void set_lr(const Config& config, const Signals& sign
     state.ramp_lr *= state.ramp_growth;
 }
 
-/// Advances the run by one optimizer step. No allocation, no I/O. A failed run measures nothing and
-/// skips every step.
-ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Signals& signals,
-                                                 const Differences& differences,
-                                                 const Archive& archive, State& state,
-                                                 Record& record) {
-  Decision decision{0.0,     Action::kSkip, outer_flags(config, signals, state),
-                    kNoSlot, kNoSlot,       false};
+/// To be called before anything is measured. Whether this is the first step of the run.
+ADAPTLR_HOST_DEVICE inline bool begin_step(const Config& config, State& state) {
   const bool first = state.peak == 0.0;
   if (state.peak != config.peak)
     follow_peak(config, state);
+  return first;
+}
+
+/// What the step comes to. A failed run measures nothing and skips every step.
+ADAPTLR_HOST_DEVICE inline Decision decide(const Config& config, const Signals& signals,
+                                           const Measurements& measured, bool first,
+                                           const Archive& archive, State& state, Record& record) {
+  Decision decision{0.0,     Action::kSkip, outer_flags(config, signals, state),
+                    kNoSlot, kNoSlot,       false};
   const bool failed = is_in(Phase::kFailed, state);
   const double previous_phase = state.phase;
-  double scale = failed ? scale_of(state) : 0.0;
-  Reading reading{};
-  if (!failed)
-    reading = measure(config, signals, differences, state, scale, decision);
-  fill_record(signals, !failed && is_finite(signals.loss), scale, state, record);
+  decision.flags |= take_over(measured, state);
+  fill_record(signals, !failed && is_finite(signals.loss), measured.scale, state, record);
   if (first)
     decision.flags |= begin_run(config, signals.loss, state);
   if (!failed)
-    guard(config, signals, reading, archive, state, decision);
+    guard(config, signals, measured.reading, archive, state, decision);
   if (decision.action == Action::kSkip && config.guard_mode == GuardMode::kAct)
     state.skips += 1.0;
 
   decision.event = is_event(config, decision.flags, previous_phase, state);
-  set_lr(config, signals, state, decision);
+  set_lr(config, signals, measured.scheduled, state, decision);
   state.step += 1.0;
-  complete_record(config, decision, reading, previous_phase, state, record);
+  complete_record(config, decision, measured.reading, previous_phase, state, record);
   return decision;
+}
+
+/// Advances the run by one optimizer step. No allocation, no I/O. The kernel has the same calls, of
+/// which it makes those in the middle side by side.
+ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Signals& signals,
+                                                 const Differences& differences,
+                                                 const Archive& archive, State& state,
+                                                 Record& record) {
+  const bool first = begin_step(config, state);
+  Measurements measured{};
+  measure_curve(signals, state, measured);
+  measured.reading = measure_progress(config, signals.loss, differences, state);
+  measured.scheduled = schedule(config, state.step);
+  return decide(config, signals, measured, first, archive, state, record);
 }
 
 } // namespace adaptlr

@@ -68,7 +68,7 @@ Medians take_difference(double loss, const Progress& p, double* window) {
 /// Both kinds of differences of a step. On the device a warp does this together.
 Differences take_differences(const Config& config, double loss, State& state) {
   Differences differences{};
-  if (!is_finite(loss))
+  if (!watches_progress(config, loss, state))
     return differences;
   differences.fine = take_difference(loss, state.fine, state.fine_differences);
   if (completes_block(config, state))
@@ -86,9 +86,7 @@ HostController::HostController(const Config& config, int64_t history_size)
 
 Decision HostController::step(const Signals& signals) {
   Record record;
-  Differences differences{};
-  if (config.guard_mode != GuardMode::kOff && !is_in(Phase::kFailed, state))
-    differences = take_differences(config, signals.loss, state);
+  const Differences differences = take_differences(config, signals.loss, state);
   const Decision decision =
       control_step(config, signals, differences, Archive{saved.data()}, state, record);
   append(flight_record_.ring(), record, decision.event, counts_);

@@ -108,7 +108,7 @@ void DeviceController::launch(driver::Function kernel, driver::Grid grid, unsign
 
 int64_t DeviceController::step(driver::Stream stream, StepParams& params) {
   params.block = block_;
-  launch(kernels_.control_step, {}, kLanes, stream, &params);
+  launch(kernels_.control_step, {}, kThreads, stream, &params);
   if (driver::is_capturing(stream)) {
     captured_ = true;
   } else {
@@ -160,7 +160,7 @@ void DeviceController::snapshot(driver::Stream stream, const SnapshotTable* tabl
 
 void DeviceController::launch_empty(driver::Stream stream, StepParams& params) {
   params.block = block_;
-  launch(kernels_.empty, {}, kLanes, stream, &params);
+  launch(kernels_.empty, {}, kThreads, stream, &params);
 }
 
 void DeviceController::record_event(driver::Stream stream) {

@@ -39,7 +39,8 @@ struct Range {
 };
 
 /// All that a controller keeps on its device. The order serves the control step: what it changes
-/// comes first, then what it only reads, so that a warp moves either in one to three wide accesses.
+/// comes first, then what it only reads, so that its threads move either in one or two wide
+/// accesses.
 struct alignas(16) DeviceBlock {
   State state;
   PendingLosses pending;
@@ -57,10 +58,13 @@ struct alignas(16) DeviceBlock {
 
 constexpr unsigned kVectorBytes = 16; // of the widest access of a lane
 constexpr unsigned kLanes = 32;
+/// Of the control step, a warp each.
+enum Part : unsigned { kCurvePart, kProgressPart, kSchedulePart, kParts };
+constexpr unsigned kThreads = kParts * kLanes;
 // Spelt out because NVRTC has no offsetof; bindings.cpp checks them.
 constexpr unsigned kChangedBytes = sizeof(State) + sizeof(PendingLosses) + sizeof(RingCursor);
 constexpr unsigned kStagedBytes = kChangedBytes + sizeof(Ring) + sizeof(Config);
-constexpr unsigned kAccessBytes = kLanes * kVectorBytes; // of the warp
+constexpr unsigned kAccessBytes = kThreads * kVectorBytes; // of all threads
 constexpr unsigned kLoads = (kStagedBytes + kAccessBytes - 1) / kAccessBytes;
 static_assert(kChangedBytes % kVectorBytes == 0, "what a step changes is stored in whole vectors");
 static_assert(kLoads * kAccessBytes <= sizeof(DeviceBlock), "the last load stays in the block");

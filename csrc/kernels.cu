@@ -1,6 +1,7 @@
-// The control step on the device. One warp: its lanes move the data, lane 0 does the arithmetic of
-// controller.h. Compiled by nvcc into a fatbin or by NVRTC at run time, so without any header of
-// CUDA or of the standard library, and with -fmad=false, so that it rounds as the host does.
+// The control step on the device. One block of three warps: all threads move the data, every part
+// of controller.h's Measurements has a warp, one thread decides. Compiled by nvcc into a fatbin or
+// by NVRTC at run time, so without any header of CUDA or of the standard library, and with
+// -fmad=false, so that it rounds as the host does.
 #include "device_block.h"
 #include "warp_median.h"
 
@@ -58,18 +59,22 @@ __device__ void claim(const Ring& ring, bool event, RingCursor& cursor, Outcome&
     cursor.next_event = 0;
 }
 
-/// The work of lane 0. The state stays in shared memory: what a usual step needs of it lives in
-/// registers, and all else is left alone.
-__device__ Decision advance(const StepParams& params, const double* inputs, double loss,
-                            const Differences& differences, bool overwritten, DeviceBlock& staged,
-                            Outcome& outcome) {
+__device__ Signals signals_of(const StepParams& params, const double* inputs, double loss,
+                              bool overwritten) {
   const bool has_norm = params.inputs[kGradNorm].address != nullptr;
   const double norm = has_norm ? inputs[kGradNorm] : params.grad_norm;
-  const Signals signals{loss, norm, params.applied_lr, inputs[kFoundInf] > 0.0, overwritten};
+  return Signals{loss, norm, params.applied_lr, inputs[kFoundInf] > 0.0, overwritten};
+}
+
+/// The work of one thread. The state stays in shared memory: what a usual step needs of it lives in
+/// registers, and all else is left alone.
+__device__ Decision finish(const StepParams& params, const Signals& signals,
+                           const Measurements& measured, bool first, DeviceBlock& staged,
+                           Outcome& outcome) {
   const Archive archive{params.block->saved};
   Record record;
   const Decision decision =
-      control_step(staged.config, signals, differences, archive, staged.state, record);
+      decide(staged.config, signals, measured, first, archive, staged.state, record);
   staged.cursor.notices |= notices_of(record, decision.event);
   staged.pending = PendingLosses{0.0, 0};
   outcome.record = record;
@@ -137,11 +142,11 @@ __device__ void zero(const Range& range, int64_t thread, int64_t threads) {
     range.address[tail + thread] = 0;
 }
 
-/// One warp takes a while for all first moments. But a cut is rare, and a kernel of their own would
-/// be a launch in every step.
-__device__ ADAPTLR_RARE void zero_moments(const DeviceBlock& block, unsigned lane) {
+/// One block takes a while for all first moments. But a cut is rare, and a kernel of their own
+/// would be a launch in every step.
+__device__ ADAPTLR_RARE void zero_moments(const DeviceBlock& block, unsigned thread) {
   for (int64_t i = 0; i < block.moment_count; ++i)
-    zero(block.moments[i], lane, kLanes);
+    zero(block.moments[i], thread, kThreads);
 }
 
 /// Tells the host how far the rings go. In no order with the lines: those prove themselves.
@@ -153,12 +158,14 @@ __device__ void publish(const RingCursor& cursor, RingHeader* header, unsigned l
 
 } // namespace
 
-extern "C" __global__ void __launch_bounds__(kLanes)
+extern "C" __global__ void __launch_bounds__(kThreads)
     adaptlr_control_step(const __grid_constant__ StepParams params) {
   __shared__ DeviceBlock staged; // what the loads bring
   __shared__ Outcome outcome;
   __shared__ double inputs[kLanes];
-  const unsigned lane = threadIdx.x;
+  __shared__ Reading reading;
+  __shared__ double scheduled;
+  const unsigned thread = threadIdx.x, part = thread / kLanes, lane = thread % kLanes;
   DeviceBlock& block = *params.block;
 
   // All loads first: the step waits for memory once.
@@ -166,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(kLanes)
   uint4 loaded[kLoads];
 #pragma unroll
   for (unsigned i = 0; i < kLoads; ++i)
-    loaded[i] = block_vectors[lane + i * kLanes];
+    loaded[i] = block_vectors[thread + i * kThreads];
   const uint2 lrs = reinterpret_cast<const uint2*>(block.lr)[lane];
   const uint2 written = reinterpret_cast<const uint2*>(block.written)[lane];
   const Scalar input = lane < kInputs ? params.inputs[lane] : Scalar{};
@@ -174,38 +181,60 @@ extern "C" __global__ void __launch_bounds__(kLanes)
 
 #pragma unroll
   for (unsigned i = 0; i < kLoads; ++i)
-    reinterpret_cast<uint4*>(&staged)[lane + i * kLanes] = loaded[i];
-  inputs[lane] = decode(bits, input);
+    reinterpret_cast<uint4*>(&staged)[thread + i * kThreads] = loaded[i];
+  if (part == kCurvePart)
+    inputs[lane] = decode(bits, input);
   const bool host_sets_lr = params.applied_lr >= 0.0;
   const bool changed = lrs.x != written.x || lrs.y != written.y;
   const bool overwritten = __any_sync(kAllLanes, changed && !host_sets_lr);
-  __syncwarp();
+  __syncthreads();
 
-  const double2 peaks = peaks_of(staged.config, lane);
+  bool first = false;
+  const bool begins = staged.state.peak != staged.config.peak;
+  if (begins) { // all read that before it changes
+    __syncthreads();
+    if (thread == 0)
+      first = begin_step(staged.config, staged.state);
+    __syncthreads();
+  }
   const double loss = take_loss(params, inputs[kLoss], staged.pending);
-  const Differences differences = warp_differences(staged.config, loss, staged.state, lane);
-  __syncwarp();
-  if (lane == 0) {
-    const Decision decision =
-        advance(params, inputs, loss, differences, overwritten, staged, outcome);
+  const Signals signals = signals_of(params, inputs, loss, overwritten);
+  Measurements measured{};
+  if (part == kProgressPart) {
+    const Differences differences = warp_differences(staged.config, loss, staged.state, lane);
+    __syncwarp();
+    if (lane == 0)
+      reading = measure_progress(staged.config, loss, differences, staged.state);
+  } else if (lane == 0) {
+    if (part == kCurvePart)
+      measure_curve(signals, staged.state, measured);
+    else
+      scheduled = schedule(staged.config, staged.state.step);
+  }
+  __syncthreads();
+  if (thread == 0) {
+    measured.reading = reading;
+    measured.scheduled = scheduled;
+    const Decision decision = finish(params, signals, measured, first, staged, outcome);
     block.skip = decision.action == Action::kSkip ? 1.0f : 0.0f;
     block.save = decision.save;
     block.restore = outcome.zeroes_moments ? int32_t{kNoSlot} : decision.restore;
   }
-  __syncwarp();
-  // What goes to the host first: it takes longest.
-  write_lines(outcome, staged.cursor, lane);
-  publish(staged.cursor, staged.ring.header, lane);
-  if (!host_sets_lr)
-    write_lrs(peaks, outcome.multiplier, block, lane);
-  for (unsigned i = lane; i < kChangedBytes / kVectorBytes; i += kLanes)
+  __syncthreads();
+  if (part == kCurvePart) { // what goes to the host, which takes longest
+    write_lines(outcome, staged.cursor, lane);
+    publish(staged.cursor, staged.ring.header, lane);
+  } else if (part == kSchedulePart && !host_sets_lr) {
+    write_lrs(peaks_of(staged.config, lane), outcome.multiplier, block, lane);
+  }
+  for (unsigned i = thread; i < kChangedBytes / kVectorBytes; i += kThreads)
     reinterpret_cast<uint4*>(&block)[i] = reinterpret_cast<const uint4*>(&staged)[i];
   if (outcome.zeroes_moments)
-    zero_moments(block, lane);
+    zero_moments(block, thread);
 }
 
 /// Launched as the control step is, to measure what the launch alone costs.
-extern "C" __global__ void __launch_bounds__(kLanes) adaptlr_empty(const StepParams) {}
+extern "C" __global__ void __launch_bounds__(kThreads) adaptlr_empty(const StepParams) {}
 
 /// Adds one loss to the pending ones. One thread.
 extern "C" __global__ void __launch_bounds__(1) adaptlr_fold(const FoldParams params) {

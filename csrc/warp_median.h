@@ -1,7 +1,7 @@
 // progress.h's take_differences, done by a warp together. Only for kernels.cu.
 #pragma once
 
-#include "progress.h"
+#include "controller.h"
 
 namespace adaptlr {
 
@@ -51,8 +51,7 @@ __device__ inline Medians warp_difference(double loss, const Progress& p, double
 __device__ inline Differences warp_differences(const Config& config, double loss, State& state,
                                                unsigned lane) {
   Differences differences{};
-  if (config.guard_mode == GuardMode::kOff || !is_finite(loss) ||
-      state.phase == static_cast<double>(Phase::kFailed))
+  if (!watches_progress(config, loss, state))
     return differences;
   differences.fine = warp_difference(loss, state.fine, state.fine_differences, lane);
   if (completes_block(config, state))
