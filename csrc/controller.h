@@ -137,13 +137,14 @@ ADAPTLR_HOST_DEVICE inline void measure_curve(const Signals& signals, const Stat
   measured.curve = curve;
 }
 
-/// Feeds the collapse charts. `differences` are those that the loss brings. Of the State it changes
-/// what Statistics has beside the Curve.
+/// Feeds the collapse charts: `log_lr` is that of log_lr_behind, `differences` are those that the
+/// loss brings. Of the State it changes what Statistics has beside the Curve.
 ADAPTLR_HOST_DEVICE inline Reading measure_progress(const Config& config, double loss,
-                                                    const Differences& differences, State& state) {
+                                                    double log_lr, const Differences& differences,
+                                                    State& state) {
   if (!watches_progress(config, loss, state))
     return Reading{};
-  return watch_progress(config, loss, log_lr_behind(config, state), differences, state);
+  return watch_progress(config, loss, log_lr, differences, state);
 }
 
 /// Takes over what was measured. A run of outliers shows in both kinds of charts together.
@@ -220,7 +221,9 @@ ADAPTLR_HOST_DEVICE inline Decision control_step(const Config& config, const Sig
   const bool first = begin_step(config, state);
   Measurements measured{};
   measure_curve(signals, state, measured);
-  measured.reading = measure_progress(config, signals.loss, differences, state);
+  const bool watches = watches_progress(config, signals.loss, state);
+  const double log_lr = watches ? log_lr_behind(config, state) : 0.0;
+  measured.reading = measure_progress(config, signals.loss, log_lr, differences, state);
   measured.scheduled = schedule(config, state.step);
   return decide(config, signals, measured, first, archive, state, record);
 }

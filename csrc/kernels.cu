@@ -113,6 +113,11 @@ __device__ void write_lines(const Outcome& outcome, const RingCursor& cursor, un
     reinterpret_cast<uint4*>(slot)[part] = vector;
 }
 
+/// Two warps wait for each other, and the third goes on.
+__device__ void meet(unsigned barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(2 * kLanes) : "memory");
+}
+
 __device__ double2 peaks_of(const Config& config, unsigned lane) {
   return double2{config.peaks[2 * lane], config.peaks[2 * lane + 1]};
 }
@@ -164,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __shared__ Outcome outcome;
   __shared__ double inputs[kLanes];
   __shared__ Reading reading;
-  __shared__ double scheduled;
+  __shared__ double scheduled, log_lr;
   const unsigned thread = threadIdx.x, part = thread / kLanes, lane = thread % kLanes;
   DeviceBlock& block = *params.block;
 
@@ -200,16 +205,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const double loss = take_loss(params, inputs[kLoss], staged.pending);
   const Signals signals = signals_of(params, inputs, loss, overwritten);
   Measurements measured{};
-  if (part == kProgressPart) {
-    const Differences differences = warp_differences(staged.config, loss, staged.state, lane);
-    __syncwarp();
+  if (part == kSchedulePart) {
     if (lane == 0)
-      reading = measure_progress(staged.config, loss, differences, staged.state);
-  } else if (lane == 0) {
-    if (part == kCurvePart)
-      measure_curve(signals, staged.state, measured);
-    else
+      log_lr = log_lr_behind(staged.config, staged.state);
+    meet(kProgressPart);
+    if (lane == 0)
       scheduled = schedule(staged.config, staged.state.step);
+  } else if (part == kProgressPart) {
+    const Differences differences = warp_differences(staged.config, loss, staged.state, lane);
+    meet(kProgressPart);
+    if (lane == 0)
+      reading = measure_progress(staged.config, loss, log_lr, differences, staged.state);
+  } else if (lane == 0) {
+    measure_curve(signals, staged.state, measured);
   }
   __syncthreads();
   if (thread == 0) {

@@ -8,15 +8,33 @@ namespace adaptlr {
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kDifferences <= 32, "a lane looks after one difference");
 
-/// The mean of the elements that stand in the middle of those in `members`, a bit for each lane;
-/// `below` says which lanes' values come before this lane's.
-__device__ inline double median_of(unsigned members, unsigned below, unsigned lane,
-                                   const double* values) {
+/// Which lanes' values come before this lane's, a bit for each: those that are smaller. With `ties`
+/// also those of lower lanes that are equal, so that no two have the same rank.
+__device__ inline unsigned lanes_below(double own, const double* values, unsigned lane, bool ties) {
+  unsigned smaller = 0, equal = 0;
+#pragma unroll
+  for (unsigned j = 0; j < kDifferences; ++j)
+    smaller |= (values[j] < own ? 1u : 0u) << j;
+  if (ties) {
+    for (unsigned j = 0; j < kDifferences; ++j)
+      equal |= (values[j] == own ? 1u : 0u) << j;
+  }
+  return smaller | (equal & ((1u << lane) - 1u));
+}
+
+/// The lanes in the middle of those in `members`; 0 where equal values hide them.
+struct Middle {
+  unsigned low, high;
+};
+__device__ inline Middle middle_of(unsigned members, unsigned below, unsigned lane) {
   const int rank = __popc(below & members), count = __popc(members);
   const bool member = members >> lane & 1u;
-  const unsigned low = __ballot_sync(kAllLanes, member && rank == (count - 1) / 2);
-  const unsigned high = __ballot_sync(kAllLanes, member && rank == count / 2);
-  return 0.5 * (values[__ffs(low) - 1] + values[__ffs(high) - 1]);
+  return Middle{__ballot_sync(kAllLanes, member && rank == (count - 1) / 2),
+                __ballot_sync(kAllLanes, member && rank == count / 2)};
+}
+
+__device__ inline double mean_of(const Middle& middle, const double* values) {
+  return 0.5 * (values[__ffs(middle.low) - 1] + values[__ffs(middle.high) - 1]);
 }
 
 /// Every lane ranks one value among all.
@@ -29,21 +47,24 @@ __device__ inline Medians warp_difference(double loss, const Progress& p, double
   if (lane == 0)
     window[newest] = fabs(loss - p.previous_loss);
   __syncwarp();
-  const int64_t own = bits_of(window[lane < kDifferences ? lane : 0]); // ordered as the values are
-  unsigned below = 0;
-#pragma unroll
-  for (unsigned j = 0; j < kDifferences; ++j)
-    below |= (bits_of(window[j]) < own + (j < lane ? 1 : 0) ? 1u : 0u) << j;
-
-  const unsigned members = count == 32 ? kAllLanes : (1u << count) - 1u;
+  const unsigned members = (1u << count) - 1u;
   const int wrapped =
       newest - static_cast<int>(lane) + (static_cast<int>(lane) > newest ? kDifferences : 0);
   const unsigned recent =
       members & __ballot_sync(kAllLanes, lane < kDifferences && wrapped < kRecentDifferences);
-  Medians medians{median_of(members, below, lane, window), median_of(recent, below, lane, window)};
+
+  const double own = window[lane < kDifferences ? lane : 0];
+  unsigned below = lanes_below(own, window, lane, false);
+  Middle all = middle_of(members, below, lane), last = middle_of(recent, below, lane);
+  if (count < kFewDifferences || all.low == 0 || all.high == 0 || last.low == 0 || last.high == 0) {
+    below = lanes_below(own, window, lane, true);
+    all = middle_of(members, below, lane);
+    last = middle_of(recent, below, lane);
+  }
+  Medians medians{mean_of(all, window), mean_of(last, window)};
   if (count < kFewDifferences) {
-    const bool last = (members >> lane & 1u) && __popc(below & members) == count - 1;
-    medians.window = divide(window[__ffs(__ballot_sync(kAllLanes, last)) - 1], 1.5);
+    const bool largest = (members >> lane & 1u) && __popc(below & members) == count - 1;
+    medians.window = divide(window[__ffs(__ballot_sync(kAllLanes, largest)) - 1], 1.5);
   }
   return medians;
 }

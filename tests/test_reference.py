@@ -1075,6 +1075,7 @@ PROMISED = {
     "near_zero": Flag.SPIKE,
     "ar_noise": Flag(0),
     "constant": Flag(0),  # of a norm that moves by a step of bfloat16, too
+    "bfloat16": Flag(0),
     "jump_down": Flag(0),
     "overflow": Flag.NONFINITE | Flag.OVERFLOW,
     "heavy_tail": Flag.SPIKE,

@@ -139,6 +139,7 @@ def make_traces() -> list[Trace]:
         Trace("near_zero", 0.02 * np.exp(1.2 * random.standard_normal(STEPS))),
         Trace("ar_noise", curve() + autocorrelated_noise(12)),
         Trace("constant", np.full(STEPS, 0.7), np.where(clock % 900 == 899, 1.0078125, 1.0)),
+        Trace("bfloat16", np.round(128 * (curve() + noise(26))) / 128),  # many equal differences
         Trace("jump_down", curve() - 0.8 * (clock >= 3000) + noise(13)),
         overflow_trace(),
         Trace("heavy_tail", curve() + 0.05 * random.standard_t(2, STEPS)),
