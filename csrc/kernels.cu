@@ -113,8 +113,13 @@ __device__ void write_lines(const Outcome& outcome, const RingCursor& cursor, un
     reinterpret_cast<uint4*>(slot)[part] = vector;
 }
 
-/// Two warps wait for each other, and the third goes on.
-__device__ void meet(unsigned barrier) {
+// What one warp hands to another, while neither the giver nor the third one waits. Barrier 0 is
+// that of all.
+constexpr int kLogLrBarrier = 1;
+__device__ void give(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(2 * kLanes) : "memory");
+}
+__device__ void take(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(2 * kLanes) : "memory");
 }
 
@@ -208,12 +213,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (part == kSchedulePart) {
     if (lane == 0)
       log_lr = log_lr_behind(staged.config, staged.state);
-    meet(kProgressPart);
+    __syncwarp();
+    give(kLogLrBarrier);
     if (lane == 0)
       scheduled = schedule(staged.config, staged.state.step);
   } else if (part == kProgressPart) {
     const Differences differences = warp_differences(staged.config, loss, staged.state, lane);
-    meet(kProgressPart);
+    take(kLogLrBarrier);
     if (lane == 0)
       reading = measure_progress(staged.config, loss, log_lr, differences, staged.state);
   } else if (lane == 0) {
