@@ -74,8 +74,12 @@ def schedule(config: _Row, step: float, /) -> float:
 def final_multiplier(config: _Row, /) -> float:
     """Return the multiplier that is kept once ``total_steps`` are over."""
 
-def record_lines(records: _Row, /) -> bytes:
-    """Write records that are finite numbers and nothing else as lines of a recording."""
+def record_lines(records: _Row, first: str, words_of: Callable[[_Row], str], /) -> bytes:
+    """Write records as lines of a recording.
+
+    ``first`` goes behind the numbers of the first one. ``words_of`` is called with one record of
+    every kind that says more than numbers, and returns what goes behind those of all of them.
+    """
 
 def cuda_available() -> bool:
     """Whether there is a driver and a GPU. Initialises the driver."""

@@ -100,7 +100,7 @@ class RecorderThread(threading.Thread):
         if isinstance(self._on_event, Command):
             self._call(self._on_event, self._on_event.close)
         if self.begun:
-            self._write(to_json({"end": end, "time": round(time.time(), 2)}))
+            self._write(to_json({"end": end, "time": round(time.time(), 2)}).encode())
         self._file.close()
 
     # -- one turn -------------------------------------------------------------
@@ -114,7 +114,7 @@ class RecorderThread(threading.Thread):
         gaps = list(_gaps(news))
         rows = worth_keeping(news.records, self._every)
         event_lines = [event_line(event, now) for event in events]
-        before, after = ("".join(map(to_json, lines)) for lines in (gaps, event_lines))
+        before, after = ("".join(map(to_json, lines)).encode() for lines in (gaps, event_lines))
         self._write(before + records_to_json(rows, now) + after)
         if events:
             self._sync()
@@ -122,16 +122,16 @@ class RecorderThread(threading.Thread):
             self._tell_sinks([*gaps, *map(record_line, rows), *event_lines])
         self._tell(events, event_lines)
 
-    def _write(self, lines: str) -> None:
+    def _write(self, lines: bytes) -> None:
         """Append the lines; a full disk costs lines and never the run."""
         if not lines:
             return
         gap = gap_line(self._unwritten, "lines", "they could not be written")
-        before = to_json(gap) if self._unwritten else ""
+        before = to_json(gap).encode() if self._unwritten else b""
         try:
-            self._file.write((before + lines).encode())
+            self._file.write(before + lines)
         except OSError as error:
-            self._unwritten += lines.count("\n")
+            self._unwritten += lines.count(b"\n")
             return self._tell_trouble("training goes on, and the lines are counted", error)
         self._unwritten = 0
         if self._max_bytes is not None and self._file.size >= self._max_bytes:

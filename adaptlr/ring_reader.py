@@ -91,13 +91,16 @@ class _Position:
             lost = max(written - self.seen - len(rows), 0)
             self.seen += lost + len(rows)
             return rows, lost
-        first = int(rows["sequence"][0]) if len(rows) else self.seen + 1
+        if not len(rows):
+            return rows, 0
+        numbers = rows["sequence"]
+        first = int(numbers[0])
         missing = first - self.seen - 1
         if missing and first > written - _ARRIVING and self._missed != self.seen:
             self._missed = self.seen
             return rows[:0], 0
         self.seen += missing
-        following = self.seen + 1 + np.arange(len(rows))
-        rows = rows[: int((rows["sequence"] == following).sum())]
+        if numbers[-1] != self.seen + len(rows):  # they only grow, so there is a hole
+            rows = rows[: int((numbers == first + np.arange(len(rows))).sum())]
         self.seen += len(rows)
         return rows, missing

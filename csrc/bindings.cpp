@@ -9,6 +9,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <utility>
+
 namespace py = pybind11;
 using namespace adaptlr;
 
@@ -71,6 +74,22 @@ template <typename Values> py::array to_rows(const Values& values) {
                    values.data());
 }
 
+/// The same without a copy: the array owns the values.
+template <typename T> py::array adopt(std::vector<T> values) {
+  auto kept = std::make_unique<std::vector<T>>(std::move(values));
+  const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(kept->size())};
+  const T* data = kept->data();
+  const py::capsule owner(kept.get(), [](void* all) { delete static_cast<std::vector<T>*>(all); });
+  kept.release();
+  return py::array(layout<T>(), shape, data, owner);
+}
+
+/// Leaves other threads the interpreter while `work` is done, which must not touch it.
+template <typename Work> auto without_lock(Work work) {
+  const py::gil_scoped_release others_run;
+  return work();
+}
+
 template <typename T> T from_row(const py::array& row) {
   if (!row.dtype().equal(layout<T>()) || row.size() != 1)
     throw py::value_error("expected one row of " + std::string(py::str(layout<T>())) + ", got " +
@@ -107,18 +126,21 @@ py::tuple host_step(HostController& controller, double loss, double grad_norm, d
                         lrs_of(controller.config, decision.multiplier), order_of(decision));
 }
 
-/// Leaves other threads the interpreter meanwhile: a training loop must not wait for its recorder.
-py::bytes record_lines_of(const py::array& rows) {
+/// Writes records as lines; `words_of` turns one of them into what it says in words. A training
+/// loop must not wait for its recorder, so all that is done for every record leaves it the
+/// interpreter.
+py::bytes record_lines_of(const py::array& rows, const std::string& first,
+                          const py::function& words_of) {
   if (!rows.dtype().equal(layout<Record>()) || !(rows.flags() & py::array::c_style))
     throw py::value_error("expected rows of Record in one piece, got " +
                           std::string(py::str(rows.dtype())));
   const auto* records = static_cast<const Record*>(rows.data());
-  std::string text;
-  {
-    const py::gil_scoped_release others_run;
-    text = record_lines(records, static_cast<std::size_t>(rows.size()));
-  }
-  return text;
+  const auto count = static_cast<std::size_t>(rows.size());
+  const auto codes = without_lock([&] { return codes_in(records, count); });
+  Words words;
+  for (const auto& [code, place] : codes)
+    words[code] = py::cast<std::string>(words_of(rows[py::int_(place)]));
+  return without_lock([&] { return record_lines(records, count, first, words); });
 }
 
 /// What both controllers offer: their flight record.
@@ -127,14 +149,12 @@ template <typename Controller> void define_flight_record(py::class_<Controller>&
       .def(
           "records",
           [](const Controller& c, int64_t since) {
-            return to_rows(c.flight_record().records(since));
+            return adopt(without_lock([&] { return c.flight_record().records(since); }));
           },
           py::arg("since") = 0)
       .def(
           "events",
-          [](const Controller& c, int64_t since) {
-            return to_rows(c.flight_record().events(since));
-          },
+          [](const Controller& c, int64_t since) { return adopt(c.flight_record().events(since)); },
           py::arg("since") = 0)
       .def("newest", [](const Controller& c) { return to_rows(c.flight_record().newest()); })
       .def_property_readonly("written",

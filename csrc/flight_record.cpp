@@ -39,10 +39,22 @@ std::vector<Record> read(const Record* memory, int64_t slots, const int64_t& cou
   copies.reserve(static_cast<std::size_t>(std::max(last - first, int64_t{0})));
   for (int64_t i = first; i < last; ++i) {
     const Record line = memory[i % slots];
+    // The copy must be what is checked and kept: without a fence a compiler may read memory again.
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
     if (is_whole(line, i + 1))
       copies.push_back(line);
   }
   return copies;
+}
+
+/// A thread that sees a count sees the lines that it counts, where this one writes them.
+void publish(const RingHeader& counts, RingHeader& header) {
+  const auto release = [](int64_t value, int64_t& place) {
+    __atomic_store_n(&place, value, __ATOMIC_RELEASE);
+  };
+  release(counts.records, header.records);
+  release(counts.events, header.events);
+  release(counts.notices, header.notices);
 }
 
 } // namespace
@@ -55,7 +67,7 @@ void append(const Ring& ring, const Record& record, bool event, RingHeader& coun
   }
   counts.records += 1;
   counts.notices |= notices_of(record, event);
-  *ring.header = counts;
+  publish(counts, *ring.header);
 }
 
 FlightRecord::FlightRecord(void* memory, int64_t capacity) {

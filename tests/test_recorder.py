@@ -10,6 +10,7 @@ import math
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import torch
 from conftest import loss_of, train
 
 from adaptlr import AdaptiveLR, Event, Recorder, sinks
+from adaptlr._extension import HostController
+from adaptlr.config import ResolvedConfig
 from adaptlr.lines import NUMBERS
 from adaptlr.log_file import finished_parts
 from adaptlr.recording import read
@@ -121,6 +124,39 @@ def test_what_the_ring_has_lost_is_written_down(tmp_path):
     lost = sum(int(text.split()[0]) for text in recording.lost)
     assert lost + len(recording.records) == 400
     assert lost >= 300
+
+
+def host_controller(history_size: int) -> HostController:
+    config = ResolvedConfig(
+        total_steps=100_000,
+        warmup=0,
+        decay="constant",
+        min_lr_ratio=0.0,
+        guard=None,
+        peaks=[0.1],
+    )
+    return HostController(config.row, history_size)
+
+
+def test_records_are_whole_that_are_read_while_they_are_overwritten():
+    core = host_controller(history_size=20)
+    seen: list[np.ndarray] = []
+    done = threading.Event()
+
+    def read_on() -> None:
+        while not done.is_set():
+            seen.append(core.records(0))
+
+    reader = threading.Thread(target=read_on)
+    reader.start()
+    for step in range(30_000):
+        core.step(float(step))
+    done.set()
+    reader.join()
+    rows = np.concatenate(seen)
+    assert np.array_equal(rows["loss"], rows["step"])
+    assert np.array_equal(rows["sequence"], rows["step"] + 1)
+    assert len(np.unique(rows["step"])) > 20
 
 
 # -- a run that ends, resumes, grows -----------------------------------------------------------

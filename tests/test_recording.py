@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from adaptlr import lines
 from adaptlr._extension import record_dtype, record_lines
 from adaptlr.lines import FORMAT, NUMBERS, records_to_json, to_json
 from adaptlr.recording import Reader, read
@@ -117,29 +116,68 @@ def test_a_missing_file_is_named(path):
         read(path)
 
 
-def test_the_extension_writes_a_line_as_python_does():
+def rows_of(count: int, **values) -> np.ndarray:
+    """Records that are numbers alone, but for ``values``."""
+    rows = np.zeros(count, record_dtype)
+    for name, value in {"step": np.arange(count), "grad_norm": np.nan, **values}.items():
+        rows[name] = value
+    return rows
+
+
+def number(value: float) -> str:
+    """Write a number as docs and the format say: nine significant digits, or its name."""
+    names = {"nan": '"NaN"', "inf": '"Infinity"', "-inf": '"-Infinity"'}
+    text = f"{value:.9g}"
+    return names.get(text, text)
+
+
+def test_numbers_are_written_with_nine_digits():
     numbers = np.random.default_rng(0)
-    rows = np.zeros(1000, record_dtype)
-    rows["step"], rows["grad_norm"] = np.arange(1000) ** 4, np.nan
-    for name in NUMBERS:
-        rows[name] = numbers.choice([-1, 1], 1000) * 10.0 ** numbers.uniform(-320, 308, 1000)
-        rows[name][:6] = [0.0, -0.0, 1.0, 1e-5, 123456789.5, 1e16]
-    expected = [lines._full_line(row, None) for row in rows]
-    assert record_lines(rows).decode().splitlines(keepends=True) == expected
+    rows = rows_of(20_000, step=np.arange(20_000) ** 4)
+    edges = [0.0, -0.0, 1.0, 1e-4, 1e-5, 123456789.5, 1e16, np.nan, np.inf, -np.inf]
+    edges += [999999999.4, 999999999.6, 0.99999999949, 0.9999999995, 0.9999999999, 100000000.5]
+    for name in (*NUMBERS, "grad_norm"):
+        usual = 10.0 ** numbers.uniform(-5, 10, len(rows))
+        rows[name] = numbers.choice([-1, 1], len(rows)) * usual
+        rows[name][::5] = 10.0 ** numbers.uniform(-320, 308, len(rows[::5]))
+        rows[name][1::5] = np.round(rows[name][1::5], 3)
+        rows[name][2::5] = np.floor(usual[2::5] * 64) / 64  # many lie between two texts
+        rows[name][: len(edges)] = edges
+    for row, line in zip(rows, record_lines(rows, "", str).decode().splitlines(), strict=True):
+        words = [f'"{name}":{number(row[name])}' for name in NUMBERS]
+        if not np.isnan(row["grad_norm"]):
+            words.append(f'"grad_norm":{number(row["grad_norm"])}')
+        assert line == f'{{"step":{row["step"]},{",".join(words)}}}'
     with pytest.raises(ValueError, match="expected rows of Record in one piece"):
-        record_lines(rows[::2])
+        record_lines(rows[::2], "", str)
 
 
-def test_records_keep_their_order_whoever_writes_them():
-    rows = np.zeros(7, record_dtype)
-    rows["step"], rows["grad_norm"] = np.arange(7), np.nan
-    rows["flags"][2], rows["loss"][5] = 1, np.inf
-    text = records_to_json(rows, 9.0).splitlines()
+def test_words_are_asked_for_once_a_kind():
+    rows = rows_of(9, flags=[0, 1, 0, 1, 2, 1, 1, 0, 2], phase=[0, 0, 0, 2, 0, 2, 0, 0, 0])
+    asked = []
+
+    def words_of(row) -> str:
+        asked.append((row["flags"], row["phase"]))
+        return f',"kind":{len(asked)}'
+
+    lines = [json.loads(line) for line in record_lines(rows, ',"time":1', words_of).splitlines()]
+    assert sorted(asked) == [(1, 0), (1, 2), (2, 0)]
+    kinds = [line.get("kind") for line in lines]
+    assert [kinds[i] for i in (0, 2, 7)] == [None] * 3
+    assert [kinds[1], kinds[3], kinds[4]] == [kinds[6], kinds[5], kinds[8]]
+    assert [line.get("time") for line in lines] == [1] + [None] * 8
+
+
+def test_a_line_says_what_its_record_has():
+    rows = rows_of(7)
+    rows["flags"][2], rows["loss"][5], rows["grad_norm"][3] = 1, np.inf, 0.5
+    text = records_to_json(rows, 9.0).decode().splitlines()
     assert [json.loads(line)["step"] for line in text] == list(range(7))
     assert [line.count('"time":9.00') for line in text] == [1, 0, 0, 0, 0, 0, 0]
     assert '"flags":["NONFINITE"]' in text[2]
+    assert text[3].endswith('"grad_norm":0.5}')
     assert '"loss":"Infinity"' in text[5]
-    assert records_to_json(rows[:0], 9.0) == ""
+    assert records_to_json(rows[:0], 9.0) == b""
 
 
 def test_numbers_survive_as_float32(path):

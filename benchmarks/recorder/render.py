@@ -41,12 +41,12 @@ def make(path: Path, steps: int) -> None:
         peaks=[1e-4],
     )
     result = replay(config, losses)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         header = {"total_steps": steps, "peak": 1e-4, "decay": "cosine", "warmup_steps": 0}
-        file.write(to_json({"format": FORMAT, "config": header}))
+        file.write(to_json({"format": FORMAT, "config": header}).encode())
         for start in range(0, steps, BLOCK):
             file.write(records_to_json(result.records[start : start + BLOCK], float(start)))
-        file.writelines(to_json(event_line(event, 0.0)) for event in result.events)
+        file.writelines(to_json(event_line(event, 0.0)).encode() for event in result.events)
 
 
 def report(path: Path) -> tuple[float, float, Path]:
