@@ -270,11 +270,13 @@ def test_rebase_forgets_certainty_and_accepting_takes_the_level_as_normal():
     assert state.max_loss == 7
 
 
-def test_third_loss_beyond_three_times_the_largest_gives_the_start_up_alarm():
-    losses = np.array([1.0, 1.0, 1.0, 1.0, 3.1, 99.0, 1e9])
-    records, state = run(CONFIG, losses)
-    assert list(records["flags"]) == [0] * 6 + [Flag.DIVERGE | Flag.WORSE]
-    assert (state.samples, state.observed, state.level) == (4, 4, 1)
+# So many that one of 1000 orders of them all has these at its end: 14 over 10 is 1001.
+@pytest.mark.parametrize(("calm", "refused"), [(4, 10), (5, 8), (8, 5), (10, 4), (15, 4)])
+def test_losses_beyond_three_times_the_largest_give_the_start_up_alarm(calm, refused):
+    losses = np.array([1.0] * calm + [3.1] + [99.0] * (refused - 2) + [1e9])
+    records, state = run(without_collapse_charts(CONFIG), losses)
+    assert list(records["flags"]) == [0] * (len(losses) - 1) + [Flag.DIVERGE | Flag.WORSE]
+    assert (state.samples, state.observed, state.level) == (calm, calm, 1)
     assert state.max_loss == 1e9  # a new range is accepted
     assert state.cuts == 1
 
