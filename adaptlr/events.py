@@ -210,7 +210,7 @@ def _raised(row: Row, factor: float) -> str:
 def _undone(row: Row, _: float) -> str:
     previous = Phase(int(row["previous_phase"]))
     what = {
-        Phase.TRIAL: "the lower learning rate got no lower",
+        Phase.TRIAL: "a lower learning rate made no difference",
         Phase.TEST: "the lower learning rate got no lower",
         Phase.RAISE: _seen(row) or "a higher learning rate got no lower",
     }.get(previous, _seen(row) or "the raised learning rate got no lower")
@@ -227,8 +227,11 @@ def _probe(row: Row, _: float) -> str:
 
 
 def _run(row: Row, _: float) -> str:
-    if Phase(int(row["previous_phase"])) is Phase.SHIFT:
+    previous = Phase(int(row["previous_phase"]))
+    if previous is Phase.SHIFT:
         return "the loss is down again after the change of the data"
+    if previous is Phase.RESCUE:
+        return "up to the learning rate in use nothing has gone wrong again: it is left there"
     return f"at {float(row['target_factor']):.3g} of the schedule, and left there"
 
 
@@ -313,7 +316,8 @@ _REASONS: dict[str, Callable[[Row, float], str]] = {
         f"{factor:.3g}"
     ),
     "kept": lambda row, _: (
-        f"a new lowest level ({_level(row)}); the lower learning rate is kept, "
+        f"a new lowest level, and a rise at the rate from before ({_level(row)}); the lower "
+        "learning rate is kept, "
         f"{float(row['target_factor']):.3g} of the schedule"
     ),
     "test": lambda row, _: (

@@ -21,6 +21,7 @@ BETA = (
     + CLIP**2 * math.erfc(CLIP / math.sqrt(2))
 )
 OUTLIER = 6.0  # score of an outlier
+ORDERS = 1000  # of losses alike, of which one has the largest at its end
 SPIKE_SHARE = 1e-3  # of all steps, at most
 LEVEL_LIMIT = 6.5  # standard errors, of DRIFT and WORSE
 RISING = 2.0  # t-statistic of the slope, of DRIFT: a level that falls has not drifted up
@@ -71,7 +72,10 @@ def start_up(loss: float, state: State) -> Measurement:
         abs(state.max_loss), abs(state.min_loss)
     ):
         state.outlier_run += 1
-        flags = Flag.DIVERGE | Flag.WORSE if state.outlier_run >= 3 else Flag(0)
+        # Of the orders of n + k losses alike, (n + k over k), one has these k at its end.
+        losses = state.samples + state.outlier_run
+        sure = math.comb(int(losses), int(state.outlier_run)) >= ORDERS
+        flags = Flag.DIVERGE | Flag.WORSE if sure else Flag(0)
         return Measurement(flags, math.sqrt(state.variance), 0.0)
     state.max_loss = max(state.max_loss, loss) if state.samples else loss
     state.min_loss = min(state.min_loss, loss) if state.samples else loss

@@ -37,6 +37,7 @@ from adaptlr.reference_recovery import (
     least_factor,
     may_experiment,
     return_to_aside,
+    shown_progress,
     spare_slot,
     start_over,
     take_statistics,
@@ -197,7 +198,7 @@ def calls_for_start(config: Config, state: State, archive: Archive) -> bool:
     which the charts know nothing.
     """
     near = state.lr <= DECADE * archive[state.good_slot].lr and state.phase != Phase.SHIFT
-    return near and is_early(config, state) and was_range_test(state.fine)
+    return near and is_early(config, state) and was_range_test(shown_progress(config, state))
 
 
 def is_early(config: Config, state: State) -> bool:
@@ -263,7 +264,7 @@ def go_on(
     if state.phase == Phase.RAISE:
         return advance_raise(config, reading, state, archive) if measured else Orders()
     if is_ramp(state):
-        return advance_ramp(config, reading, state, archive) if measured else Orders()
+        return advance_ramp(config, state, archive) if measured else Orders()
     if state.phase == Phase.TRIAL:
         return advance_trial(config, state, archive) if measured else Orders()
     if state.phase == Phase.SHIFT:

@@ -245,11 +245,14 @@ def slow_rise(progress: Progress) -> float:
     return (progress.slow_level - progress.lowest_slow_level) / error
 
 
+def late_stretch(progress: Progress) -> float:
+    """Return what thresholds are multiplied by: long runs take more chances."""
+    return 1 + 0.2 * max(0.0, math.log2(progress.count / 128))
+
+
 def lost_charts(config: Config, progress: Progress) -> Flag:
     """Flag a rise of either level above its lowest (LOST)."""
-    # Long runs take more chances: a fifth more with every doubling past 128 samples.
-    stretch = 1 + 0.2 * max(0.0, math.log2(progress.count / 128))
-    limit = stretch / config.sensitivity
+    limit = late_stretch(progress) / config.sensitivity
     fast = progress.count >= 6 and rise(progress) > FAST_LOST * limit
     slow = progress.count >= 24 and slow_rise(progress) > SLOW_LOST * limit
     fast &= costs_a_share(progress.fast_level, progress.lowest_level, progress)
@@ -264,7 +267,7 @@ def costs_a_share(level: float, lowest: float, progress: Progress) -> bool:
 
 def above_chart(config: Config, progress: Progress) -> Flag:
     """Flag a level above the first loss (ABOVE)."""
-    above = progress.count >= 3 and height(config, progress) > ABOVE
+    above = progress.count >= 3 and height(config, progress) > ABOVE * late_stretch(progress)
     return Flag.ABOVE if above else Flag(0)
 
 

@@ -11,7 +11,14 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from adaptlr.reference_progress import FAST_GAIN, SOFT, Reading, coarse_progress, variance_of
+from adaptlr.reference_progress import (
+    FAST_GAIN,
+    SOFT,
+    Reading,
+    coarse_progress,
+    rise,
+    variance_of,
+)
 from adaptlr.reference_schedule import own_schedule, schedule
 from adaptlr.reference_state import (
     Archive,
@@ -31,6 +38,7 @@ WARMUP_DIVISOR, RAMP_DIVISOR = 4.0, 3.0  # from the LR of the lowest level to on
 TEST_ERRORS, WORSE_ERRORS, TRIAL_ERRORS = 4.0, 3.0, 2.5
 TRIAL_SAMPLES, TRIAL_CUT, MOST_TRIALS = 20, 4.0, 3
 PAUSE_SAMPLES = 24  # of the soft charts after a trial or a test
+RAMP_ERRORS = 2.5  # above its lowest level: the best of a ramp lies behind
 SURE_ERRORS = 4.0  # of progress that is more than the luckiest of many levels
 SETTLED_SAMPLES = 12  # that a level and its noise need to be sure of
 NEVER = 1e18  # above every level
@@ -87,6 +95,15 @@ def has_learned(progress: Progress) -> bool:
     return progress.count >= 6 and progress.lowest_evidence > 2
 
 
+def shown_progress(config: Config, state: State) -> Progress:
+    """Return what the way here has shown: by means of blocks, once there are enough.
+
+    The lowest of thousands of levels of single losses is always far below the first loss.
+    """
+    coarse = coarse_progress(config, state)
+    return coarse if coarse.count >= 6 else state.fine
+
+
 def relative(config: Config, log_lr: float) -> float:
     """Return an LR as a share of the peak."""
     return math.exp(log_lr) / config.peak
@@ -108,10 +125,17 @@ def take_statistics(source: Statistics, state: State) -> None:
         setattr(state, field.name, copy.deepcopy(getattr(source, field.name)))
 
 
-def highest_likely(progress: Progress, errors: float) -> float:
+def pooled_noise(progress: Progress, other: float) -> float:
+    """Return the noise of a ramp's lowest level, in which that of the run has a say.
+
+    Where noise has a tail upwards, luck that makes a level low makes its noise look small as well.
+    """
+    return max(progress.lowest_noise, math.sqrt(progress.lowest_noise * other))
+
+
+def highest_likely(progress: Progress, noise: float, errors: float) -> float:
     """Return so many standard errors above the lowest level."""
-    error = progress.lowest_noise * math.sqrt(progress.lowest_variance)
-    return progress.lowest_level + errors * error
+    return progress.lowest_level + errors * noise * math.sqrt(progress.lowest_variance)
 
 
 def lowest_likely(progress: Progress, variance_factor: float, errors: float) -> float:
@@ -204,12 +228,13 @@ def was_range_test(p: Progress) -> bool:
 
 def start_over(config: Config, state: State) -> Orders:
     """Answer a hard alarm near the start: the way there may have told which LR was good."""
-    if is_far_above(state) and not has_learned(state.fine):
-        return restart(config, state.estimate, state)
-    if not state.tested and not has_learned(state.fine):
+    progress = shown_progress(config, state)
+    if not has_learned(progress):
+        if is_far_above(state):
+            return restart(config, state.estimate, state)
         return rescue(config, failed_lr(state), state)
     divisor = RAMP_DIVISOR if state.tested else WARMUP_DIVISOR
-    lr = relative(config, state.fine.lowest_log_lr) / divisor
+    lr = relative(config, progress.lowest_log_lr) / divisor
     return restart(config, agreed(lr, state), state)
 
 
@@ -228,23 +253,32 @@ def settle(config: Config, progress: Progress, state: State) -> Orders:
 
 def answer_on_ramp(config: Config, state: State, archive: Archive) -> Orders:
     """Answer a hard alarm on a ramp; one that comes at once means that the ramp began too high."""
-    if state.fine.count < 12 and not has_learned(state.fine):
-        return rescue(config, state.ramp_start, state)
-    if state.phase == Phase.TEST and has_learned(coarse_progress(config, state)):
-        return end_test(config, state, archive)
-    return settle(config, state.fine, state)
-
-
-def advance_ramp(config: Config, reading: Reading, state: State, archive: Archive) -> Orders:
-    """End a ramp that has arrived, or whose best lies a decade behind."""
+    began_too_high = state.fine.count < 12 and not has_learned(state.fine)
     if state.phase == Phase.TEST:
-        arrived = state.ramp_lr >= 0.999 * state.cut_factor * own_schedule(config, state)
+        return test_again(state) if began_too_high else end_test(config, state, archive)
+    if began_too_high:
+        return rescue(config, state.ramp_start, state)
+    return settle(config, shown_progress(config, state), state)
+
+
+def advance_ramp(config: Config, state: State, archive: Archive) -> Orders:
+    """End a ramp that has arrived, or whose best lies a decade behind."""
+    in_use = state.cut_factor * own_schedule(config, state)
+    arrived = state.ramp_lr >= 0.999 * in_use
+    if state.phase == Phase.TEST:
         return end_test(config, state, archive) if arrived else Orders()
-    decade_steps = math.log(10) / math.log(state.ramp_growth)
-    is_past = state.fine.lowest_age + 0.5 >= decade_steps and reading.fast_rise > 2.5
-    arrived = state.ramp_lr >= 0.999 * state.ramp_limit
-    if arrived or (is_past and has_learned(state.fine)):
-        return settle(config, state.fine, state)
+    progress = shown_progress(config, state)
+    decade = math.log(10) / (math.log(state.ramp_growth) * config.block_steps)
+    is_above = rise(progress) > RAMP_ERRORS if progress.count > 1 else False
+    is_past = is_above and progress.lowest_age + 0.5 >= decade
+    at_limit = state.ramp_lr >= 0.999 * state.ramp_limit
+    told = is_above or progress.lowest_evidence > SURE_ERRORS or state.restarts > 1
+    if (is_past and has_learned(progress)) or (at_limit and told):
+        return settle(config, progress, state)
+    if at_limit:  # what led here has not come again: on to the LR in use, and from there as before
+        state.ramp_limit = in_use
+        if arrived:
+            go_on_as_before(state.step + 1, state)
     return Orders()
 
 
@@ -274,9 +308,19 @@ def begin_test(config: Config, state: State, archive: Archive) -> Orders:
     return orders._replace(save=slot)
 
 
+def test_again(state: State) -> Orders:
+    """Ask from further below; what is set aside stays there."""
+    kept = {name: getattr(state, name) for name in ("good_slot", "aside_slot")}
+    decade_steps = math.log(10) / math.log(state.ramp_growth)
+    orders = begin_ramp(Phase.TEST, state.ramp_start / RAMP_REACH, decade_steps, state)
+    for name, slot in kept.items():
+        setattr(state, name, slot)
+    return orders
+
+
 def gets_lower(progress: Progress, run: Progress, errors: float) -> bool:
     """Say whether a ramp has got lower than a run ever did, by so many standard errors."""
-    error = level_error(progress.lowest_noise)
+    error = level_error(pooled_noise(progress, run.lowest_noise))
     lower = progress.lowest_level < run.lowest_level - errors * error
     return lower and has_learned(progress)
 
@@ -287,14 +331,16 @@ def end_test(config: Config, state: State, archive: Archive) -> Orders:
     before = coarse_progress(config, archive[state.aside_slot])
     settled = progress.count - progress.lowest_age >= SETTLED_SAMPLES
     factor = min(progress.variance_factor, before.variance_factor)
-    highest = highest_likely(progress, TEST_ERRORS)
+    noise = pooled_noise(progress, before.noise * math.sqrt(factor))
+    highest = highest_likely(progress, noise, TEST_ERRORS)
     better = settled and highest < lowest_likely(before, factor, TEST_ERRORS)
     if better or gets_lower(progress, before, TEST_ERRORS):
         return restart_below(config, progress.lowest_log_lr, state)
     orders = return_to_aside(state, archive)
+    state.restarts -= 1  # nothing had failed
     state.tested = 1.0
     sure = progress.lowest_evidence > SURE_ERRORS
-    state.ramp_level = highest_likely(progress, WORSE_ERRORS) if sure else NEVER
+    state.ramp_level = highest_likely(progress, noise, WORSE_ERRORS) if sure else NEVER
     state.ramp_log_lr = progress.lowest_log_lr
     state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
     return orders
@@ -376,17 +422,34 @@ def begin_trial(config: Config, state: State) -> None:
 
 
 def advance_trial(config: Config, state: State, archive: Archive) -> Orders:
-    """Keep the LR of a trial that brings a new lowest level; else undo it, and doubt."""
+    """Keep the LR of a trial that brings a new lowest level, if the level rises again without it.
+
+    One that brings none is undone, and then the run is doubted.
+    """
     progress = coarse_progress(config, state)
-    helped = progress.fast_level < state.trial_level - TRIAL_ERRORS * present_error(progress)
-    if not helped and state.step - state.phase_step < TRIAL_SAMPLES * config.block_steps:
+    error = TRIAL_ERRORS * present_error(progress)
+    is_over = state.step - state.phase_step >= TRIAL_SAMPLES * config.block_steps
+    is_back = state.cut_factor >= state.trial_factor
+    has_risen = progress.fast_level > state.trial_level + error
+    if is_back and has_risen:
+        return keep_trial(config, state)
+    if not is_over:
+        return Orders()
+    if not is_back and progress.fast_level < state.trial_level - error:
+        state.cut_factor, state.trial_level = state.trial_factor, progress.fast_level
+        state.phase_step = state.step
         return Orders()
     state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
-    state.cut_factor = state.cut_factor if helped else state.trial_factor
-    state.ceiling = state.cut_factor if helped else state.ceiling
-    go_on_as_before(state.step, state)
-    if helped:
-        state.cuts += 1
-        return Orders()
+    state.cut_factor = state.trial_factor
     state.trials += 1
-    return Orders() if state.tested else doubt(config, state, archive)
+    go_on_as_before(state.step, state)
+    return Orders() if is_back or state.tested else doubt(config, state, archive)
+
+
+def keep_trial(config: Config, state: State) -> Orders:
+    """Go on at the LR of a trial."""
+    state.soft_step = state.step + PAUSE_SAMPLES * config.block_steps
+    state.cut_factor = state.ceiling = state.trial_factor / TRIAL_CUT
+    state.cuts += 1
+    go_on_as_before(state.step, state)
+    return Orders()

@@ -35,6 +35,8 @@ constexpr double kMaxCorrelation = 0.9;
 constexpr double kCusumSlack = 0.5; // half the shift to be found, in scales
 constexpr double kCusumLimit = 16.0;
 constexpr double kOutlierScore = 6.0;
+// Start-up: so many orders, of which one leaves the largest losses for the end.
+constexpr double kOrders = 1000.0;
 
 // SPIKE.
 constexpr double kSpikeRate = 1e-3; // at most, in the long run
@@ -78,8 +80,7 @@ ADAPTLR_HOST_DEVICE inline void regress(double gain, double residual, Curve& sta
   state.slope = divide(state.age_covariance, state.age_variance);
 }
 
-/// Three losses in a row over three times the largest so far: no statistics are needed to call that
-/// divergence.
+/// Over three times the largest loss so far.
 ADAPTLR_HOST_DEVICE inline bool refuse(double loss, Curve& state) {
   const double range = 2.0 * larger(fabs(state.max_loss), fabs(state.min_loss));
   if (state.samples <= 4.0 || !(loss - state.max_loss > range))
@@ -88,6 +89,15 @@ ADAPTLR_HOST_DEVICE inline bool refuse(double loss, Curve& state) {
   state.observed -= 1.0;
   state.outlier_run += 1.0;
   return true;
+}
+
+/// Whether it is no luck that the last losses are the largest: losses alike come in any order, and
+/// of (samples + run over run) orders one has these at its end.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool is_beyond_luck(double samples, double run) {
+  double orders = 1.0;
+  for (double i = 1.0; i <= run; i += 1.0)
+    orders *= divide(samples + i, i);
+  return orders >= kOrders;
 }
 
 /// Plain running moments (equation 3).
@@ -117,7 +127,7 @@ ADAPTLR_HOST_DEVICE inline bool is_spike(double score, double& threshold) {
 ADAPTLR_HOST_DEVICE inline int32_t start_up(double loss, Curve& state) {
   state.score = state.rise = state.t_statistic = 0.0;
   if (refuse(loss, state))
-    return state.outlier_run >= 3.0 ? kDiverge | kWorse : 0;
+    return is_beyond_luck(state.samples, state.outlier_run) ? kDiverge | kWorse : 0;
   const double n = state.samples;
   const double gain = divide(1.0, n);
   const bool first = n == 1.0;

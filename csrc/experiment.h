@@ -68,8 +68,14 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_aside(const Archive& arch
 }
 
 /// So many standard errors above the lowest level.
-ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p, double errors) {
-  return p.lowest_level + errors * p.lowest_noise * square_root(p.lowest_variance);
+ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p, double noise, double errors) {
+  return p.lowest_level + errors * noise * square_root(p.lowest_variance);
+}
+
+/// The noise behind the lowest level of a ramp. Where noise has a tail upwards, luck that makes a
+/// level low makes its noise look small as well: the noise of the run has a say.
+ADAPTLR_HOST_DEVICE inline double pooled_noise(const Progress& p, double other) {
+  return larger(p.lowest_noise, square_root(p.lowest_noise * other));
 }
 
 /// So many standard errors below the present level. `variance_factor`: of the noise's correlation.
@@ -81,7 +87,8 @@ ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double varian
 
 /// Whether a ramp has got lower than a run ever did, by so many standard errors.
 ADAPTLR_HOST_DEVICE inline bool gets_lower(const Progress& p, const Progress& run, double errors) {
-  return has_learned(p) && p.lowest_level < run.lowest_level - errors * level_error(p.lowest_noise);
+  const double noise = pooled_noise(p, run.lowest_noise);
+  return has_learned(p) && p.lowest_level < run.lowest_level - errors * level_error(noise);
 }
 
 /// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
@@ -92,43 +99,72 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
   const Progress p = coarse_progress(config, state);
   const Progress before = coarse_progress(config, archive.of(state.aside_slot));
   const double factor = smaller(p.variance_factor, before.variance_factor);
-  const bool better = p.count - p.lowest_age >= kSettledSamples &&
-                      highest_likely(p, kTestErrors) < lowest_likely(before, factor, kTestErrors);
+  const double noise = pooled_noise(p, before.noise * square_root(factor));
+  const bool better =
+      p.count - p.lowest_age >= kSettledSamples &&
+      highest_likely(p, noise, kTestErrors) < lowest_likely(before, factor, kTestErrors);
   if (gets_lower(p, before, kTestErrors) || better)
     return restart_below(config, p.lowest_log_lr, state, decision);
-  const double level = p.lowest_evidence > kSureErrors ? highest_likely(p, kWorseErrors) : kNever;
+  const double level =
+      p.lowest_evidence > kSureErrors ? highest_likely(p, noise, kWorseErrors) : kNever;
   const double log_lr = p.lowest_log_lr;
   return_to_aside(archive, state, decision);
+  state.restarts -= 1.0; // nothing had failed
   state.tested = 1.0;
   state.ramp_level = level;
   state.ramp_log_lr = log_lr;
   state.soft_step = state.step + kSoftPause * config.block_steps;
 }
 
+/// The same question from further below; the state set aside stays there.
+ADAPTLR_HOST_DEVICE inline void test_again(const Config& config, State& state, Decision& decision) {
+  const double slot = state.aside_slot, good_slot = state.good_slot;
+  begin_ramp(Phase::kTest, divide(state.ramp_start, kRampReach),
+             divide(kLnTen, logarithm(state.ramp_growth)), state, decision);
+  state.good_slot = good_slot;
+  state.aside_slot = slot;
+}
+
 /// A hard alarm on a ramp. A test whose ramp has learned has an answer, and a run to go back to.
 ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, const Archive& archive,
                                                State& state, Decision& decision) {
-  if (state.fine.count < kEarlyRamp && !has_learned(state.fine))
-    rescue(config, state.ramp_start, state, decision);
-  else if (is_in(Phase::kTest, state) && has_learned(coarse_progress(config, state)))
+  const bool at_once = state.fine.count < kEarlyRamp && !has_learned(state.fine);
+  if (is_in(Phase::kTest, state) && at_once)
+    test_again(config, state, decision);
+  else if (is_in(Phase::kTest, state))
     end_test(config, archive, state, decision);
+  else if (at_once)
+    rescue(config, state.ramp_start, state, decision);
   else
-    settle(config, Progress{state.fine}, state, decision);
+    settle(config, shown_progress(config, state), state, decision);
+}
+
+/// The fast level above its lowest, in standard errors of both.
+ADAPTLR_HOST_DEVICE inline double rise_of(const Progress& p) {
+  const double variance = level_variance(level_gain(kFastGain, p.count)) + p.lowest_variance;
+  return (p.fast_level - p.lowest_level) *
+         inverse_square_root(p.noise * p.cleanest_noise * p.variance_factor * variance);
 }
 
 /// One step of a ramp without an alarm.
 ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive& archive,
-                                             const Reading& reading, State& state,
-                                             Decision& decision) {
-  const Progress& p = state.fine;
-  const double decade_steps = divide(kLnTen, logarithm(state.ramp_growth));
+                                             State& state, Decision& decision) {
+  const Progress p = shown_progress(config, state);
+  const double decade = divide(kLnTen, logarithm(state.ramp_growth) * config.block_steps);
+  const double in_use = state.cut_factor * own_schedule(config, state);
+  const bool arrived = state.ramp_lr >= kReached * in_use;
+  const bool risen = rise_of(p) > kRampErrors;
   if (is_in(Phase::kTest, state)) {
-    if (state.ramp_lr >= kReached * state.cut_factor * own_schedule(config, state))
-      return end_test(config, archive, state, decision);
-  } else if (state.ramp_lr >= kReached * state.ramp_limit ||
-             (has_learned(p) && p.lowest_age + 0.5 >= decade_steps &&
-              reading.fast_rise > kRampErrors)) {
-    return settle(config, Progress{p}, state, decision);
+    if (arrived)
+      end_test(config, archive, state, decision);
+  } else if (risen && has_learned(p) && p.lowest_age + 0.5 >= decade) {
+    settle(config, p, state, decision);
+  } else if (state.ramp_lr >= kReached * state.ramp_limit) {
+    if (risen || p.lowest_evidence > kSureErrors || state.restarts > 1.0)
+      return settle(config, p, state, decision);
+    state.ramp_limit = in_use; // what led here has not come again
+    if (arrived)
+      go_on_as_before(state.step + 1.0, state);
   }
 }
 
@@ -159,26 +195,36 @@ ADAPTLR_HOST_DEVICE inline void begin_trial(const Config& config, State& state) 
   enter(Phase::kTrial, state.step, state);
 }
 
+/// The second half of a trial that brought a new lowest level.
+ADAPTLR_HOST_DEVICE inline void try_back(double level, State& state) {
+  state.cut_factor = state.trial_factor;
+  state.trial_level = level;
+  state.phase_step = state.step;
+}
+
 /// Keeps a trial's lr if it brought a new lowest level; if not, the weights may be beyond what a
 /// lower lr can mend, which a test can tell.
 ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archive& archive,
                                               State& state, Decision& decision) {
   const Progress p = coarse_progress(config, state);
-  const double error = level_error(p.noise * square_root(p.variance_factor));
-  const double taken = state.step - state.phase_step;
-  const bool helped = p.fast_level < state.trial_level - kTrialErrors * error;
-  if (!helped && taken < kTrialSamples * config.block_steps)
+  const double error = kTrialErrors * level_error(p.noise * square_root(p.variance_factor));
+  const bool over = state.step - state.phase_step >= kTrialSamples * config.block_steps;
+  const bool back = state.cut_factor >= state.trial_factor;
+  const bool risen = p.fast_level > state.trial_level + error;
+  if (!(over || (back && risen)))
     return;
+  if (!back && p.fast_level < state.trial_level - error)
+    return try_back(p.fast_level, state);
   state.soft_step = state.step + kSoftPause * config.block_steps;
-  if (helped) {
-    state.ceiling = state.cut_factor;
+  if (back && risen) {
+    state.cut_factor = state.ceiling = divide(state.trial_factor, kTrialCut);
     state.cuts += 1.0;
     return go_on_as_before(state.step, state);
   }
   state.cut_factor = state.trial_factor;
   state.trials += 1.0;
   go_on_as_before(state.step, state);
-  if (state.tested == 0.0)
+  if (!back && state.tested == 0.0)
     doubt(config, archive, state, decision);
 }
 

@@ -61,8 +61,8 @@ ADAPTLR_HOST_DEVICE inline bool is_early(const Config& config, const State& stat
 /// change of the data the charts do not know that way.
 ADAPTLR_HOST_DEVICE inline bool calls_for_start(const Config& config, const Archive& archive,
                                                 const State& state) {
-  return is_early(config, state) && was_range_test(state.fine) && !is_in(Phase::kShift, state) &&
-         state.lr <= kFarAbove * archive.of(state.good_slot).lr;
+  return is_early(config, state) && was_range_test(shown_progress(config, state)) &&
+         !is_in(Phase::kShift, state) && state.lr <= kFarAbove * archive.of(state.good_slot).lr;
 }
 
 /// A snapshot that has been put back and fails again was not good. In place of a good one that
@@ -194,7 +194,7 @@ ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signa
   if (is_in(Phase::kRaise, state))
     return measured ? advance_raise(config, archive, reading, state, decision) : void();
   if (is_ramp(state))
-    return measured ? advance_ramp(config, archive, reading, state, decision) : void();
+    return measured ? advance_ramp(config, archive, state, decision) : void();
   if (is_in(Phase::kTrial, state))
     return measured ? advance_trial(config, archive, state, decision) : void();
   if (is_in(Phase::kShift, state))

@@ -170,7 +170,7 @@ ADAPTLR_HOST_DEVICE inline int32_t hard_charts(double loss, double fast_variance
   reading.level = p.fast_level;
   reading.noise = p.noise;
   return (fast_lost || slow_lost ? kLost : 0) |
-         (p.count >= 3.0 && above > kAboveErrors ? kAbove : 0);
+         (p.count >= 3.0 && above > kAboveErrors * (1.0 + late) ? kAbove : 0);
 }
 
 /// NOPROG and STALL. Too high an lr, too low a one and a run that is done look the same here, so

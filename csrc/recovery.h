@@ -108,6 +108,13 @@ ADAPTLR_HOST_DEVICE inline bool has_learned(const Progress& p) {
   return p.count >= kSeenSamples && p.lowest_evidence > kSeenErrors;
 }
 
+/// What the way here has shown: by the means of blocks once there are enough, for the lowest of
+/// thousands of levels is always far below the first loss.
+ADAPTLR_HOST_DEVICE inline Progress shown_progress(const Config& config, const State& state) {
+  const Progress coarse = coarse_progress(config, state);
+  return coarse.count >= kSeenSamples ? coarse : state.fine;
+}
+
 /// The standard error of a fast level, of whose 15 samples the half are new.
 ADAPTLR_HOST_DEVICE inline double level_error(double noise) {
   return noise * 0.36514837167011074; // sqrt(2 / 15)
@@ -213,12 +220,13 @@ ADAPTLR_HOST_DEVICE inline bool was_range_test(const Progress& p) {
 /// Answers a hard alarm early in a run: back to the start, where the way there has told which lr
 /// was good; or else with a ramp to find it.
 ADAPTLR_HOST_DEVICE inline void start_over(const Config& config, State& state, Decision& decision) {
-  if (!has_learned(state.fine) && is_far_above(state))
+  const Progress p = shown_progress(config, state);
+  if (!has_learned(p) && is_far_above(state))
     return restart(config, state.estimate, state, decision);
-  if (!has_learned(state.fine) && state.tested == 0.0)
+  if (!has_learned(p))
     return rescue(config, failed_lr(state), state, decision);
   const double divisor = state.tested != 0.0 ? kRampDivisor : kWarmupDivisor;
-  const double lr = divide(relative_lr(config, state.fine.lowest_log_lr), divisor);
+  const double lr = divide(relative_lr(config, p.lowest_log_lr), divisor);
   restart(config, agreed_lr(lr, state), state, decision);
 }
 

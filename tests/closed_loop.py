@@ -151,6 +151,13 @@ SCENARIOS = [
         ("RUN>TEST", "TEST>RUN"),
     ),
     Scenario(MILD, ("RUN>TRIAL", "TRIAL>RUN")),
+    # The data gets easier during a trial: the level stays down without it, and nothing is cut.
+    Scenario(
+        Model("easier", speed=0.3, shift=jump(-0.3, 368)),
+        ("RUN>TRIAL", "TRIAL>RUN"),
+    ),
+    # A jump at the start that the LR has not done: it does not come again, and nothing is cut.
+    Scenario(Model("kicked_early", height=0.0, kick=8), ("RUN>RESCUE:DIVERGE|WORSE", "RESCUE>RUN")),
     Scenario(
         Model("stall", speed=0.3, broken=steps_from(370, 4)),
         ("RUN>TRIAL", "TRIAL>TEST", "TEST>RUN"),
