@@ -61,6 +61,8 @@ LONG_ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE
 COLLAPSE = Flag.LOST | Flag.ABOVE
 OVERFLOW_LIMIT = 33  # in a row; GradScaler halves from 2^16 to 2^-16 in 32
 EARLY = 4.0  # chart_steps after a start, within which it is gone back to
+RUINED = 0.5  # of the progress made: what is left of it is not worth keeping
+WORTHWHILE = 0.5  # of the steps taken must be left to take them again in ruins
 FORGIVEN = 0.25  # of a restart, by every snapshot that has aged well
 FAST_ALARMS = Flag.DIVERGE | COLLAPSE
 DECADE = 10.0  # of LR, above which a snapshot has nothing to do with a collapse
@@ -169,7 +171,7 @@ def answer_alarm(
     if state.good_slot:
         collapsed = bool(alarms & FAST_ALARMS) and calls_for_start(config, state, archive)
         return begin_probe(collapsed, state, archive)
-    if is_early(config, state):
+    if is_early(config, state) or is_ruined(config, alarms, state):
         return start_over(config, state)
     if state.level < state.start_level:  # what is at hand is still better than the start
         return answer_in_place(config, signals, alarms, state)
@@ -206,6 +208,18 @@ def is_early(config: Config, state: State) -> bool:
     taken = state.step - state.origin_step
     worth_it = not config.total_steps or taken <= config.total_steps - state.step
     return worth_it and taken <= EARLY * config.chart_steps
+
+
+def is_ruined(config: Config, alarms: Flag, state: State) -> bool:
+    """Say whether a collapse in a run without a good snapshot has left little to go on with."""
+    if not alarms & COLLAPSE or config.snapshot_slots < 3:
+        return False
+    fine = state.fine
+    lost = fine.fast_level - fine.lowest_level > RUINED * (fine.first_loss - fine.lowest_level)
+    left = config.total_steps - state.step
+    return lost and (
+        not config.total_steps or left >= WORTHWHILE * (state.step - state.origin_step)
+    )
 
 
 def answer_in_place(config: Config, signals: Signals, alarms: Flag, state: State) -> Orders:

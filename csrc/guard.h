@@ -8,6 +8,8 @@ namespace adaptlr {
 
 constexpr double kMaxConsecutiveOverflows = 32.0; // GradScaler's scale: from 2^16 to 2^-16
 constexpr double kEarlySteps = 4.0; // W' after a start, within which it is gone back to
+constexpr double kRuined = 0.5;     // of the progress made: what is left of it is not worth keeping
+constexpr double kWorthwhile = 0.5; // of the steps taken must be left to take them again in ruins
 constexpr double kForgiven = 0.25;  // of a restart, by every snapshot that has aged well
 constexpr double kQuietCusum = 4.0;
 constexpr double kQuietRise = 3.0; // standard errors
@@ -54,6 +56,19 @@ ADAPTLR_HOST_DEVICE inline bool is_early(const Config& config, const State& stat
   const double taken = state.step - state.origin_step;
   const double left = config.total_steps - state.step;
   return taken <= kEarlySteps * config.chart_steps && (config.total_steps == 0.0 || taken <= left);
+}
+
+/// Whether a collapse has left little to go on with, in a run that has not been quiet for long
+/// enough to have a good snapshot: weights in ruins do not come back with a smaller lr. The slow
+/// level is late to show it.
+ADAPTLR_HOST_DEVICE inline bool is_ruined(const Config& config, int32_t alarms,
+                                          const State& state) {
+  const Progress& p = state.fine;
+  const double taken = state.step - state.origin_step;
+  const double left = config.total_steps - state.step;
+  return (alarms & kCollapse) != 0 && config.snapshot_slots >= kSlots &&
+         p.fast_level - p.lowest_level > kRuined * (p.first_loss - p.lowest_level) &&
+         (config.total_steps == 0.0 || kWorthwhile * taken <= left);
 }
 
 /// Whether a collapse is answered from the start, though there is a good snapshot: the way there
@@ -112,7 +127,7 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
   else if (state.good_slot != kNoSlot)
     begin_probe(alarms & kFastAlarms && calls_for_start(config, archive, state), archive, state,
                 decision);
-  else if (is_early(config, state))
+  else if (is_early(config, state) || is_ruined(config, alarms, state))
     start_over(config, state, decision);
   else if (state.level < state.start_level) // what is at hand is still better than the start
     answer_in_place(config, signals, alarms, state, decision);

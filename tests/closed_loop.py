@@ -183,6 +183,12 @@ SCENARIOS = [
     ),
     # A jump of the weights that the LR has not done is undone, and nothing is cut.
     Scenario(Model("kicked", kick=700), ("RUN>PROBE:DIVERGE", "PROBE>RUN")),
+    # A run in ruins without a good snapshot begins anew, though it is not early any more.
+    Scenario(
+        Model("ruined", noise=0.1, kick=600, most_damage=0.7, healing=0.0),
+        ("RUN>REWARM:LOST",),
+        {"snapshot_slots": 3, "snapshot_steps": 900.0},
+    ),
     Scenario(Model("nan_late", broken=steps_from(700, 10)), ("RUN>PROBE:NONFINITE",)),
     Scenario(Model("nan_early", broken=steps_from(50, 10)), ("RUN>REWARM:NONFINITE",)),
     Scenario(Model("nan_within", broken=steps_from(50, 8)), ()),

@@ -1128,6 +1128,27 @@ def without_long_charts(state: State) -> Config:
     return CONFIG
 
 
+@pytest.mark.parametrize(
+    ("flag", "fast_level", "step", "fields", "restore"),
+    [
+        (Flag.LOST, 2.1, 600.0, {}, Slot.START),  # more than half of the progress is lost
+        (Flag.ABOVE, 3.5, 600.0, {}, Slot.START),
+        (Flag.LOST, 1.9, 600.0, {}, Slot.ZERO_MOMENT),  # what is left is worth a try
+        (Flag.DRIFT, 2.1, 600.0, {}, Slot.ZERO_MOMENT),  # too slow to tell of ruins
+        (Flag.LOST, 2.1, 700.0, {}, Slot.ZERO_MOMENT),  # too few steps are left to begin anew
+        (Flag.LOST, 2.1, 700.0, {"origin_step": 200.0}, Slot.START),
+    ],
+)
+def test_a_run_in_ruins_begins_anew_where_that_is_worth_it(flag, fast_level, step, fields, restore):
+    state = collapsed(WITH_SNAPSHOTS, step, **fields)
+    fine = state.fine
+    fine.first_loss, fine.lowest_level, fine.fast_level = 3.0, 1.0, fast_level
+    state.level, state.start_level, state.onset_lr = 1.5, 2.0, 0.02
+    orders = reference_guard.answer_alarm(WITH_SNAPSHOTS, Signals(2.0), flag, state, {})
+    assert orders == (True, Slot.NO_SLOT, restore)
+    assert state.phase == Phase.REWARM
+
+
 def test_alarm_beyond_the_last_restart_fails_the_run():
     config = dataclasses.replace(WITH_SNAPSHOTS, max_restarts=1)
     state = collapsed(config, 60.0, restarts=1.0, good_slot=Slot.SECOND)
