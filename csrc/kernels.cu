@@ -200,8 +200,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   bool first = false;
-  const bool begins = staged.state.peak != staged.config.peak;
-  if (begins) { // all read that before it changes
+  const double peak = staged.state.peak;
+  if (peak == 0.0 || peak != staged.config.peak) { // all read that before it changes
     __syncthreads();
     if (thread == 0)
       first = begin_step(staged.config, staged.state);
