@@ -393,7 +393,11 @@ def experiment(
     """Answer a soft alarm: with a test where nothing is won yet, else with a trial."""
     if flags & Flag.NO_PROGRESS or reading.gain < 1 or is_far_above(state):
         return doubt(config, state, archive)
-    if state.trials < MOST_TRIALS and not state.tested and not is_vouched(state):
+    if is_vouched(state):
+        return Orders()
+    if state.tested:
+        return doubt(config, state, archive)
+    if state.trials < MOST_TRIALS:
         begin_trial(config, state)
     return Orders()
 

@@ -234,7 +234,11 @@ ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& 
                                            Decision& decision) {
   if (flags & kNoProgress || reading.gain < kNoProgressErrors || is_far_above(state))
     doubt(config, archive, state, decision);
-  else if (state.trials < kMaxTrials && state.tested == 0.0 && !is_vouched(state))
+  else if (is_vouched(state))
+    return;
+  else if (state.tested != 0.0)
+    doubt(config, archive, state, decision);
+  else if (state.trials < kMaxTrials)
     begin_trial(config, state);
 }
 
