@@ -178,7 +178,7 @@ def row(interval: float, costs: list[Cost]) -> str:
 
 
 def loop_table(device: torch.device, seconds: float) -> str:
-    """Print what turns cost; return whether the limit is met."""
+    """Print what turns cost; return the line that says whether the limit is met."""
     print(
         "| s between turns | turns | records a turn | host time of a step beside a turn, µs "
         "| the loop loses, µs a turn | µs a step | standard error | the thread is busy, µs a step |"
