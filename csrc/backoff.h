@@ -11,7 +11,8 @@ constexpr double kRegrowLimit = 0.7;  // of the factor that failed
 constexpr double kDriftBackoff = 0.7; // a drift is slow: a small cut will do
 
 /// The factor that makes `lr`, a share of the peak, of the schedule once re-warmed.
-ADAPTLR_HOST_DEVICE inline double factor_of(const Config& config, double lr, const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double factor_of(const Config& config, double lr,
+                                                         const State& state) {
   const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
   const double multiplier = schedule(config, resumes);
   return multiplier > 0.0 ? divide(lr, multiplier) : state.cut_factor;
@@ -24,8 +25,8 @@ ADAPTLR_HOST_DEVICE inline double failed_factor(const Config& config, const Stat
 }
 
 /// `held_lr`: a share of the peak that need not be gone below, for it is known to hold; 0: none.
-ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, double held_lr,
-                                    State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void cut(const Config& config, bool drift_only,
+                                                 double held_lr, State& state) {
   const bool again = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
   state.streak = again ? state.streak + 1.0 : 0.0;
   double backoff = config.backoff_factor;
@@ -45,7 +46,7 @@ ADAPTLR_HOST_DEVICE inline void cut(const Config& config, bool drift_only, doubl
 }
 
 /// Forgets how sure the statistics were: the losses that follow are new ones.
-ADAPTLR_HOST_DEVICE inline void expect_change(double loss, bool accept, State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void expect_change(double loss, bool accept, State& state) {
   rebase(loss, accept, state);
   state.fine = state.coarse = Progress{};
   state.block_sum = state.block_count = 0.0;

@@ -18,8 +18,8 @@ constexpr double kSoftPause = 24.0; // samples after a trial or a test
 
 /// Steps of a decade of lr on a ramp that is to reach what the run has reached: the later, the
 /// more.
-ADAPTLR_HOST_DEVICE inline double test_decade_steps(const Config& config, double start, double end,
-                                                    const Progress& p) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double test_decade_steps(const Config& config, double start,
+                                                                 double end, const Progress& p) {
   const double reach = larger(divide(end, start), 1.0);
   const double decades = larger(0.5, divide(logarithm(reach), kLnTen));
   const double taken = p.count * config.block_steps;
@@ -29,15 +29,15 @@ ADAPTLR_HOST_DEVICE inline double test_decade_steps(const Config& config, double
 
 /// Asks the causal question from the start, with the present state set aside: does a lower lr get
 /// lower?
-ADAPTLR_HOST_DEVICE inline void begin_test(const Config& config, const Archive& archive,
-                                           State& state, Decision& decision) {
-  const Progress p = coarse_progress(config, state);
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+begin_test(const Config& config, const Archive& archive, State& state, Decision& decision) {
+  const Progress& p = coarse_progress(config, state);
   const double lr = has_learned(p) ? relative_lr(config, p.lowest_log_lr) : failed_lr(state);
   const double start = divide(lr, kRampReach);
   const double end = state.cut_factor * own_schedule(config, state);
   const double slot = spare_slot(state);
   enter(Phase::kRun, state.step, state);
-  archive.of(slot) = state;
+  copy(state, archive.of(slot));
   decision.save = static_cast<int32_t>(slot);
   const double good_slot = state.good_slot;
   begin_ramp(Phase::kTest, start, test_decade_steps(config, start, end, p), state, decision);
@@ -54,17 +54,18 @@ ADAPTLR_HOST_DEVICE inline void go_on_as_before(double first_step, State& state)
 /// Takes weights and statistics back that were set aside; the clock and the counts go on.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void return_to_aside(const Archive& archive, State& state,
                                                              Decision& decision) {
-  const State now = state;
-  state = archive.of(now.aside_slot);
-  state.step = now.step;
-  state.skips = now.skips;
-  state.cuts = now.cuts;
-  state.restarts = now.restarts;
-  state.last_alarm = now.last_alarm;
+  const double slot = state.aside_slot, step = state.step, last_alarm = state.last_alarm;
+  const double skips = state.skips, cuts = state.cuts, restarts = state.restarts;
+  copy(archive.of(slot), state);
+  state.step = step;
+  state.skips = skips;
+  state.cuts = cuts;
+  state.restarts = restarts;
+  state.last_alarm = last_alarm;
   state.consecutive_skips = state.consecutive_overflows = 0.0;
   state.aside_slot = state.pending_slot = kNoSlot;
   go_on_as_before(state.step + 1.0, state);
-  order(kNoSlot, static_cast<int32_t>(now.aside_slot), decision);
+  order(kNoSlot, static_cast<int32_t>(slot), decision);
 }
 
 /// So many standard errors above the lowest level.
@@ -74,19 +75,20 @@ ADAPTLR_HOST_DEVICE inline double highest_likely(const Progress& p, double noise
 
 /// The noise behind the lowest level of a ramp. Where noise has a tail upwards, luck that makes a
 /// level low makes its noise look small as well: the noise of the run has a say.
-ADAPTLR_HOST_DEVICE inline double pooled_noise(const Progress& p, double other) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double pooled_noise(const Progress& p, double other) {
   return larger(p.lowest_noise, square_root(p.lowest_noise * other));
 }
 
 /// So many standard errors below the present level. `variance_factor`: of the noise's correlation.
-ADAPTLR_HOST_DEVICE inline double lowest_likely(const Progress& p, double variance_factor,
-                                                double errors) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double
+lowest_likely(const Progress& p, double variance_factor, double errors) {
   const double variance = level_variance(level_gain(kFastGain, p.count));
   return p.fast_level - errors * p.noise * square_root(variance_factor * variance);
 }
 
 /// Whether a ramp has got lower than a run ever did, by so many standard errors.
-ADAPTLR_HOST_DEVICE inline bool gets_lower(const Progress& p, const Progress& run, double errors) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool gets_lower(const Progress& p, const Progress& run,
+                                                        double errors) {
   const double noise = pooled_noise(p, run.lowest_noise);
   return has_learned(p) && p.lowest_level < run.lowest_level - errors * level_error(noise);
 }
@@ -94,10 +96,10 @@ ADAPTLR_HOST_DEVICE inline bool gets_lower(const Progress& p, const Progress& ru
 /// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
 /// did, or clearly lower than where the run stands. Noise is as correlated on one side as on the
 /// other; where it seems more so, that is the loss wandering.
-ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& archive, State& state,
-                                         Decision& decision) {
-  const Progress p = coarse_progress(config, state);
-  const Progress before = coarse_progress(config, archive.of(state.aside_slot));
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_test(const Config& config, const Archive& archive,
+                                                      State& state, Decision& decision) {
+  const Progress& p = coarse_progress(config, state);
+  const Progress& before = coarse_progress(config, archive.of(state.aside_slot));
   const double factor = smaller(p.variance_factor, before.variance_factor);
   const double noise = pooled_noise(p, before.noise * square_root(factor));
   const bool better =
@@ -117,7 +119,8 @@ ADAPTLR_HOST_DEVICE inline void end_test(const Config& config, const Archive& ar
 }
 
 /// The same question from further below; the state set aside stays there.
-ADAPTLR_HOST_DEVICE inline void test_again(const Config& config, State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void test_again(const Config& config, State& state,
+                                                        Decision& decision) {
   const double slot = state.aside_slot, good_slot = state.good_slot;
   begin_ramp(Phase::kTest, divide(state.ramp_start, kRampReach),
              divide(kLnTen, logarithm(state.ramp_growth)), state, decision);
@@ -126,8 +129,8 @@ ADAPTLR_HOST_DEVICE inline void test_again(const Config& config, State& state, D
 }
 
 /// A hard alarm on a ramp. A test whose ramp has learned has an answer, and a run to go back to.
-ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, const Archive& archive,
-                                               State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+answer_on_ramp(const Config& config, const Archive& archive, State& state, Decision& decision) {
   const bool at_once = state.fine.count < kEarlyRamp && !has_learned(state.fine);
   if (is_in(Phase::kTest, state) && at_once)
     test_again(config, state, decision);
@@ -140,16 +143,16 @@ ADAPTLR_HOST_DEVICE inline void answer_on_ramp(const Config& config, const Archi
 }
 
 /// The fast level above its lowest, in standard errors of both.
-ADAPTLR_HOST_DEVICE inline double rise_of(const Progress& p) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double rise_of(const Progress& p) {
   const double variance = level_variance(level_gain(kFastGain, p.count)) + p.lowest_variance;
   return (p.fast_level - p.lowest_level) *
          inverse_square_root(p.noise * p.cleanest_noise * p.variance_factor * variance);
 }
 
 /// One step of a ramp without an alarm.
-ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive& archive,
-                                             State& state, Decision& decision) {
-  const Progress p = shown_progress(config, state);
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+advance_ramp(const Config& config, const Archive& archive, State& state, Decision& decision) {
+  const Progress& p = shown_progress(config, state);
   const double decade = divide(kLnTen, logarithm(state.ramp_growth) * config.block_steps);
   const double in_use = state.cut_factor * own_schedule(config, state);
   const bool arrived = state.ramp_lr >= kReached * in_use;
@@ -173,9 +176,9 @@ ADAPTLR_HOST_DEVICE inline void advance_ramp(const Config& config, const Archive
 /// a test that told nothing, what its ramp has learned is still a better offer than a run that has
 /// got worse since. The lowest level of a ramp and a present one that a chart has picked are both
 /// extremes: their intervals must not overlap, each as wide as its own level is uncertain.
-ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archive, State& state,
-                                      Decision& decision) {
-  const Progress p = coarse_progress(config, state);
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void doubt(const Config& config, const Archive& archive,
+                                                   State& state, Decision& decision) {
+  const Progress& p = coarse_progress(config, state);
   if (is_far_above(state)) {
     state.restarts += 1.0; // a level that stands still has its lowest anywhere: no landmark
     restart(config, state.estimate, state, decision);
@@ -188,7 +191,7 @@ ADAPTLR_HOST_DEVICE inline void doubt(const Config& config, const Archive& archi
   }
 }
 
-ADAPTLR_HOST_DEVICE inline void begin_trial(const Config& config, State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_trial(const Config& config, State& state) {
   state.trial_factor = state.cut_factor;
   state.trial_level = coarse_progress(config, state).lowest_level;
   state.cut_factor = divide(state.cut_factor, kTrialCut);
@@ -204,9 +207,9 @@ ADAPTLR_HOST_DEVICE inline void try_back(double level, State& state) {
 
 /// Keeps a trial's lr if it brought a new lowest level; if not, the weights may be beyond what a
 /// lower lr can mend, which a test can tell.
-ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archive& archive,
-                                              State& state, Decision& decision) {
-  const Progress p = coarse_progress(config, state);
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+advance_trial(const Config& config, const Archive& archive, State& state, Decision& decision) {
+  const Progress& p = coarse_progress(config, state);
   const double error = kTrialErrors * level_error(p.noise * square_root(p.variance_factor));
   const bool over = state.step - state.phase_step >= kTrialSamples * config.block_steps;
   const bool back = state.cut_factor >= state.trial_factor;
@@ -229,9 +232,10 @@ ADAPTLR_HOST_DEVICE inline void advance_trial(const Config& config, const Archiv
 }
 
 /// Answers a soft alarm, which asks only for an experiment.
-ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& archive,
-                                           int32_t flags, const Reading& reading, State& state,
-                                           Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void experiment(const Config& config,
+                                                        const Archive& archive, int32_t flags,
+                                                        const Reading& reading, State& state,
+                                                        Decision& decision) {
   if (flags & kNoProgress || reading.gain < kNoProgressErrors || is_far_above(state))
     doubt(config, archive, state, decision);
   else if (is_vouched(state))
@@ -244,11 +248,11 @@ ADAPTLR_HOST_DEVICE inline void experiment(const Config& config, const Archive& 
 
 /// Puts the good snapshot back and looks: if the loss is as high with weights that are known to be
 /// good, the data has changed, and neither weights nor lr are to blame.
-ADAPTLR_HOST_DEVICE inline void begin_probe(bool collapsed, const Archive& archive, State& state,
-                                            Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_probe(bool collapsed, const Archive& archive,
+                                                         State& state, Decision& decision) {
   const double slot = spare_slot(state), good = state.good_slot;
-  archive.of(slot) = state;
-  static_cast<Statistics&>(state) = archive.of(good);
+  copy(state, archive.of(slot));
+  copy<Statistics>(archive.of(good), state);
   state.aside_slot = slot;
   state.pending_slot = kNoSlot;
   state.probe_sum = 0.0;

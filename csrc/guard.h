@@ -41,8 +41,9 @@ ADAPTLR_HOST_DEVICE inline void count_skips(const Config& config, int32_t flags,
 }
 
 /// Without a snapshot to go back to.
-ADAPTLR_HOST_DEVICE inline void answer_in_place(const Config& config, const Signals& signals,
-                                                int32_t alarms, State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void answer_in_place(const Config& config,
+                                                             const Signals& signals, int32_t alarms,
+                                                             State& state, Decision& decision) {
   const bool to_blame = state.onset_lr > 0.0 && config.guard_mode == GuardMode::kAct;
   if (to_blame) {
     cut(config, alarms == kDrift, 0.0, state);
@@ -61,8 +62,8 @@ ADAPTLR_HOST_DEVICE inline bool is_early(const Config& config, const State& stat
 /// Whether a collapse has left little to go on with, in a run that has not been quiet for long
 /// enough to have a good snapshot: weights in ruins do not come back with a smaller lr. The slow
 /// level is late to show it.
-ADAPTLR_HOST_DEVICE inline bool is_ruined(const Config& config, int32_t alarms,
-                                          const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool is_ruined(const Config& config, int32_t alarms,
+                                                       const State& state) {
   const Progress& p = state.fine;
   const double taken = state.step - state.origin_step;
   const double left = config.total_steps - state.step;
@@ -74,8 +75,8 @@ ADAPTLR_HOST_DEVICE inline bool is_ruined(const Config& config, int32_t alarms,
 /// Whether a collapse is answered from the start, though there is a good snapshot: the way there
 /// was a range test. A snapshot from a decade of lr below has nothing to do with it, and after a
 /// change of the data the charts do not know that way.
-ADAPTLR_HOST_DEVICE inline bool calls_for_start(const Config& config, const Archive& archive,
-                                                const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool
+calls_for_start(const Config& config, const Archive& archive, const State& state) {
   return is_early(config, state) && was_range_test(shown_progress(config, state)) &&
          !is_in(Phase::kShift, state) && state.lr <= kFarAbove * archive.of(state.good_slot).lr;
 }
@@ -83,8 +84,8 @@ ADAPTLR_HOST_DEVICE inline bool calls_for_start(const Config& config, const Arch
 /// A snapshot that has been put back and fails again was not good. In place of a good one that
 /// still ages will do, where a fast chart speaks: what it has seen has begun since, and a probe
 /// will tell.
-ADAPTLR_HOST_DEVICE inline void choose_snapshot(int32_t alarms, const Archive& archive,
-                                                State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void choose_snapshot(int32_t alarms, const Archive& archive,
+                                                             State& state) {
   const bool settling = is_in(Phase::kRewarm, state) || is_in(Phase::kHold, state);
   const bool newer = state.pending_slot != kNoSlot && (alarms & kFastAlarms) != 0 &&
                      state.step - state.pending_step >= kSettledSamples;
@@ -108,9 +109,10 @@ ADAPTLR_HOST_DEVICE inline void fail(bool undo, State& state, Decision& decision
 }
 
 /// Answers hard alarms.
-ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals& signals,
-                                             const Archive& archive, int32_t alarms, State& state,
-                                             Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void answer_alarm(const Config& config,
+                                                          const Signals& signals,
+                                                          const Archive& archive, int32_t alarms,
+                                                          State& state, Decision& decision) {
   state.last_alarm = state.step;
   if (config.guard_mode != GuardMode::kAct || !has_snapshots(config) || state.first_lr == 0.0)
     return answer_in_place(config, signals, alarms, state, decision);
@@ -136,7 +138,7 @@ ADAPTLR_HOST_DEVICE inline void answer_alarm(const Config& config, const Signals
 }
 
 /// REWARM, HOLD, REGROW, RUN: each phase ends when its steps are over.
-ADAPTLR_HOST_DEVICE inline void advance_phase(const Config& config, State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void advance_phase(const Config& config, State& state) {
   const double taken = state.step - state.phase_step + 1.0;
   if (is_in(Phase::kRewarm, state)) {
     if (taken >= config.rewarm_steps)
@@ -165,8 +167,8 @@ ADAPTLR_HOST_DEVICE inline bool is_snapshot_due(const Config& config, const Read
 
 /// Takes a snapshot. The last one, which has aged without an alarm, becomes the good one; the new
 /// one is taken over the older of the two.
-ADAPTLR_HOST_DEVICE inline void take_snapshot(const Archive& archive, State& state,
-                                              Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void take_snapshot(const Archive& archive, State& state,
+                                                           Decision& decision) {
   if (state.pending_slot != kNoSlot) {
     state.aside_slot = kNoSlot; // a raised lr has proved itself
     state.good_slot = state.pending_slot;
@@ -174,13 +176,13 @@ ADAPTLR_HOST_DEVICE inline void take_snapshot(const Archive& archive, State& sta
   }
   state.pending_slot = spare_slot(state);
   state.pending_step = state.step;
-  archive.of(state.pending_slot) = state;
+  copy(state, archive.of(state.pending_slot));
   decision.save = static_cast<int32_t>(state.pending_slot);
 }
 
 /// A snapshot is due: what a raise sets aside is one, and one that has aged decides about a raise.
-ADAPTLR_HOST_DEVICE inline void keep_state(const Config& config, const Archive& archive,
-                                           State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+keep_state(const Config& config, const Archive& archive, State& state, Decision& decision) {
   if (calls_for_raise(config, archive, state))
     begin_raise(config, archive, state, decision);
   else if (is_disproved(config, archive, state))
@@ -197,9 +199,10 @@ ADAPTLR_HOST_DEVICE inline bool may_experiment(const Config& config, int32_t fla
 }
 
 /// A step without a hard alarm.
-ADAPTLR_HOST_DEVICE inline void go_on(const Config& config, const Signals& signals,
-                                      const Archive& archive, int32_t flags, const Reading& reading,
-                                      State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void go_on(const Config& config, const Signals& signals,
+                                                   const Archive& archive, int32_t flags,
+                                                   const Reading& reading, State& state,
+                                                   Decision& decision) {
   const bool measured = is_finite(signals.loss) && !(flags & kNonfinite);
   if (is_in(Phase::kProbe, state)) {
     if (flags & kNonfinite) // of good weights: the data is broken, and the LR is not to blame

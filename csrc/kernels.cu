@@ -135,21 +135,31 @@ __device__ void write_lrs(double2 peaks, double multiplier, DeviceBlock& block, 
   reinterpret_cast<float2*>(block.written)[lane] = lrs;
 }
 
+/// A range of memory in whole aligned vectors, and the bytes on both sides of them.
+struct Split {
+  int64_t head;    // bytes before the vectors
+  int64_t vectors; // of kVectorBytes
+  int64_t tail;    // where the bytes behind them begin
+};
+__device__ Split split(const unsigned char* address, int64_t bytes) {
+  const auto misaligned = reinterpret_cast<unsigned long long>(address) % kVectorBytes;
+  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
+  if (head > bytes)
+    head = bytes;
+  const int64_t vectors = (bytes - head) / kVectorBytes;
+  return Split{head, vectors, head + vectors * kVectorBytes};
+}
+
 /// Zeroes a range together with other threads, of which there are kVectorBytes at least.
 __device__ void zero(const Range& range, int64_t thread, int64_t threads) {
-  const auto misaligned = reinterpret_cast<unsigned long long>(range.address) % kVectorBytes;
-  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
-  if (head > range.bytes)
-    head = range.bytes;
-  const int64_t vectors = (range.bytes - head) / kVectorBytes;
-  const int64_t tail = head + vectors * kVectorBytes;
-  auto* body = reinterpret_cast<uint4*>(range.address + head);
-  for (int64_t i = thread; i < vectors; i += threads)
+  const Split parts = split(range.address, range.bytes);
+  auto* body = reinterpret_cast<uint4*>(range.address + parts.head);
+  for (int64_t i = thread; i < parts.vectors; i += threads)
     body[i] = make_uint4(0, 0, 0, 0);
-  if (thread < head)
+  if (thread < parts.head)
     range.address[thread] = 0;
-  if (tail + thread < range.bytes && thread < kVectorBytes)
-    range.address[tail + thread] = 0;
+  if (parts.tail + thread < range.bytes && thread < kVectorBytes)
+    range.address[parts.tail + thread] = 0;
 }
 
 /// One block takes a while for all first moments. But a cut is rare, and a kernel of their own
@@ -262,12 +272,13 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_fold(const FoldParams pa
 }
 
 /// Sets config, state or ring in stream order, then the lr of the coming step. One thread.
-extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const ConfigureParams params) {
+extern "C" __global__ void __launch_bounds__(1)
+    adaptlr_configure(const __grid_constant__ ConfigureParams params) {
   DeviceBlock& block = *params.block;
   if (params.fields & kSetConfig)
-    block.config = params.config;
+    copy(params.config, block.config);
   if (params.fields & kSetState)
-    block.state = params.state;
+    copy(params.state, block.state);
   if (params.fields & kSetRing) {
     block.ring = params.ring;
     block.cursor = RingCursor{};
@@ -275,6 +286,7 @@ extern "C" __global__ void __launch_bounds__(1) adaptlr_configure(const Configur
   }
   block.cursor.notices = 0; // they were about what has just been replaced
   const double multiplier = block.state.factor * schedule(block.config, block.state.step);
+#pragma unroll 1
   for (unsigned lane = 0; lane < kLanes; ++lane)
     write_lrs(peaks_of(block.config, lane), multiplier, block, lane);
   block.skip = 0.0f;
@@ -294,15 +306,27 @@ extern "C" __global__ void __launch_bounds__(256) adaptlr_zero_if(const ZeroPara
 namespace {
 
 /// Copies live to saved and restored to live, where those are not null; the live value is read
-/// before it is replaced. One thread block. Accesses go in batches because the compiler must not
-/// move a load over a store, and one load in flight per thread does not fill the memory's pipes.
+/// before it is replaced. One thread block; `from` is the thread's own.
 template <typename T>
-__device__ void exchange(T* live, T* saved, const T* restored, int64_t count) {
+__device__ void exchange_each(T* live, T* saved, const T* restored, int64_t from, int64_t to) {
+#pragma unroll 1
+  for (int64_t i = from; i < to; i += blockDim.x) {
+    if (saved != nullptr)
+      saved[i] = live[i];
+    if (restored != nullptr)
+      live[i] = restored[i];
+  }
+}
+
+/// The same in batches: the compiler must not move a load over a store, and one load in flight per
+/// thread does not fill the memory's pipes.
+__device__ void exchange_vectors(uint4* live, uint4* saved, const uint4* restored, int64_t count) {
   constexpr int kBatch = 4;
   const int64_t threads = blockDim.x;
   int64_t i = threadIdx.x;
+#pragma unroll 1
   for (; i + (kBatch - 1) * threads < count; i += kBatch * threads) {
-    T leaving[kBatch], coming[kBatch];
+    uint4 leaving[kBatch], coming[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       if (saved != nullptr)
@@ -318,16 +342,11 @@ __device__ void exchange(T* live, T* saved, const T* restored, int64_t count) {
         live[i + k * threads] = coming[k];
     }
   }
-  for (; i < count; i += threads) {
-    if (saved != nullptr)
-      saved[i] = live[i];
-    if (restored != nullptr)
-      live[i] = restored[i];
-  }
+  exchange_each(live, saved, restored, i, count);
 }
 
-template <typename T> __device__ T* moved(unsigned char* address, int64_t bytes) {
-  return address == nullptr ? nullptr : reinterpret_cast<T*>(address + bytes);
+__device__ uint4* vectors_of(unsigned char* address, int64_t head) {
+  return address == nullptr ? nullptr : reinterpret_cast<uint4*>(address + head);
 }
 
 __device__ void exchange(const Piece& piece, int64_t save, int64_t restore) {
@@ -335,17 +354,11 @@ __device__ void exchange(const Piece& piece, int64_t save, int64_t restore) {
   unsigned char* restored = restore == kNoSlot ? nullptr : piece.copies[restore - 1];
   if (saved == nullptr && restored == nullptr)
     return;
-  const auto misaligned = reinterpret_cast<unsigned long long>(piece.address) % kVectorBytes;
-  int64_t head = misaligned == 0 ? 0 : kVectorBytes - static_cast<int64_t>(misaligned);
-  if (head > piece.bytes)
-    head = piece.bytes;
-  const int64_t vectors = (piece.bytes - head) / kVectorBytes;
-  const int64_t tail = head + vectors * kVectorBytes;
-  exchange(piece.address, saved, restored, head);
-  exchange(moved<uint4>(piece.address, head), moved<uint4>(saved, head),
-           moved<uint4>(restored, head), vectors);
-  exchange(piece.address + tail, moved<unsigned char>(saved, tail),
-           moved<unsigned char>(restored, tail), piece.bytes - tail);
+  const Split parts = split(piece.address, piece.bytes);
+  exchange_each(piece.address, saved, restored, threadIdx.x, parts.head);
+  exchange_vectors(vectors_of(piece.address, parts.head), vectors_of(saved, parts.head),
+                   vectors_of(restored, parts.head), parts.vectors);
+  exchange_each(piece.address, saved, restored, parts.tail + threadIdx.x, piece.bytes);
 }
 
 } // namespace

@@ -16,8 +16,8 @@ constexpr int64_t kShiftSteps = 16;
 
 /// The data has changed: the weights that were set aside go on, with all statistics begun anew. The
 /// snapshot from before is kept for a while, for the change may pass.
-ADAPTLR_HOST_DEVICE inline void accept_shift(const Config& config, const Archive& archive,
-                                             State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+accept_shift(const Config& config, const Archive& archive, State& state, Decision& decision) {
   const State& aside = archive.of(state.aside_slot);
   const double since = is_in(Phase::kShift, aside) ? aside.phase_step : state.step + 1.0;
   return_to_aside(archive, state, decision);
@@ -30,9 +30,9 @@ ADAPTLR_HOST_DEVICE inline void accept_shift(const Config& config, const Archive
 
 /// The loss is back with the snapshot's weights. An lr that has held until then is given the
 /// benefit of the doubt, once; if it fails again, it is to blame.
-ADAPTLR_HOST_DEVICE inline void go_on_from_snapshot(const Config& config, double loss,
-                                                    const Archive& archive, State& state,
-                                                    Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void go_on_from_snapshot(const Config& config, double loss,
+                                                                 const Archive& archive,
+                                                                 State& state, Decision& decision) {
   const State& aside = archive.of(state.aside_slot);
   const double held_lr = archive.of(state.good_slot).lr;
   const bool held = aside.lr <= held_lr;
@@ -40,7 +40,7 @@ ADAPTLR_HOST_DEVICE inline void go_on_from_snapshot(const Config& config, double
   const double slot = state.aside_slot;
   state.aside_slot = kNoSlot;
   if (state.collapsed != 0.0) {
-    static_cast<Statistics&>(state) = archive.of(slot); // what the way there has told
+    copy<Statistics>(archive.of(slot), state); // what the way there has told
     return start_over(config, state, decision);
   }
   if (passed || (held && state.restarts <= 1.0))
@@ -50,7 +50,7 @@ ADAPTLR_HOST_DEVICE inline void go_on_from_snapshot(const Config& config, double
 }
 
 /// That the two levels between which a probe decides are apart at least.
-ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double least_gap(const Progress& usual) {
   return kProbeNoises * usual.noise * square_root(usual.variance_factor);
 }
 
@@ -58,9 +58,10 @@ ADAPTLR_HOST_DEVICE inline double least_gap(const Progress& usual) {
 /// that gave the alarm, and none for more than that: a wild loss is one vote. Where the data has
 /// changed before and is asked about again, one vote that it is still so will do: there will be
 /// another time.
-ADAPTLR_HOST_DEVICE inline void advance_probe(const Config& config, const Signals& signals,
-                                              const Archive& archive, State& state,
-                                              Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void advance_probe(const Config& config,
+                                                           const Signals& signals,
+                                                           const Archive& archive, State& state,
+                                                           Decision& decision) {
   decision.action = Action::kSkip;
   const Progress& usual = archive.of(state.good_slot).fine;
   const double gap =
@@ -85,8 +86,8 @@ ADAPTLR_HOST_DEVICE inline bool is_asked_again(int64_t taken) {
 
 /// One step after a change of the data. Is the snapshot from before the better one again? Not where
 /// the loss is down by itself.
-ADAPTLR_HOST_DEVICE inline void advance_shift(const Archive& archive, State& state,
-                                              Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void advance_shift(const Archive& archive, State& state,
+                                                           Decision& decision) {
   if (!is_asked_again(static_cast<int64_t>(state.step - state.phase_step) + 1))
     return;
   const Progress& usual = archive.of(state.good_slot).fine;

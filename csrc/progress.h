@@ -229,11 +229,10 @@ ADAPTLR_HOST_DEVICE inline double block_mean(const Config& config, double loss,
   return divide(state.block_sum + loss, config.block_steps);
 }
 
-/// What the soft charts and the experiments go by.
-ADAPTLR_HOST_DEVICE inline Progress coarse_progress(const Config& config, const State& state) {
-  if (config.block_steps > 1.0)
-    return state.coarse;
-  return state.fine;
+/// What the soft charts and the experiments go by. A part of the state.
+ADAPTLR_HOST_DEVICE inline const Progress& coarse_progress(const Config& config,
+                                                           const State& state) {
+  return config.block_steps > 1.0 ? state.coarse : state.fine;
 }
 
 /// The soft charts live inside [W' + 2, 4 W'], where warm-up is over and time is left; after a

@@ -17,7 +17,7 @@ constexpr double kPastDecades = 0.5; // of a ramp, beyond its lowest level
 
 /// Whether this run may still ask. It is on its first way, at the typed lr; after one question, or
 /// an alarm, no more.
-ADAPTLR_HOST_DEVICE inline bool may_raise(const Config& config, const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool may_raise(const Config& config, const State& state) {
   return config.max_factor > 1.0 && config.snapshot_slots >= kSlots && is_in(Phase::kRun, state) &&
          state.restarted == 0.0 && state.tested == 0.0 && state.cuts == 0.0 &&
          state.restarts < config.max_restarts;
@@ -34,7 +34,8 @@ ADAPTLR_HOST_DEVICE inline bool is_slow(const Progress& p) {
 
 /// Whether the loss has clearly fallen since an earlier state, and no slower than up to there: the
 /// lr is far below where the fall per step depends on anything else.
-ADAPTLR_HOST_DEVICE inline bool falls_steadily(const Progress& p, const Progress& earlier) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool falls_steadily(const Progress& p,
+                                                            const Progress& earlier) {
   const double fall = earlier.fast_level - p.fast_level;
   const double fall_before = p.first_loss - earlier.fast_level;
   const double error = level_error(p.noise * square_root(p.variance_factor));
@@ -43,8 +44,8 @@ ADAPTLR_HOST_DEVICE inline bool falls_steadily(const Progress& p, const Progress
 }
 
 /// Asked when a snapshot is due. Without an estimate the losses alone must tell.
-ADAPTLR_HOST_DEVICE inline bool calls_for_raise(const Config& config, const Archive& archive,
-                                                const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool
+calls_for_raise(const Config& config, const Archive& archive, const State& state) {
   if (!may_raise(config, state) || !is_slow(state.fine) ||
       state.step < kRaiseFrom * config.chart_steps || state.step > kRaiseUntil * config.chart_steps)
     return false;
@@ -62,7 +63,7 @@ begin_raise(const Config& config, const Archive& archive, State& state, Decision
       test_decade_steps(config, lr, config.max_factor, coarse_progress(config, state));
   state.restarts += 1.0;
   state.good_slot = state.pending_slot = kNoSlot; // one of their places is needed, soon both
-  archive.of(kFirst) = state;
+  copy(state, archive.of(kFirst));
   decision.save = kFirst;
   begin_ramp(Phase::kRaise, lr, steps, state, decision);
   state.aside_slot = kFirst;
@@ -83,8 +84,8 @@ undo_raise(const Config& config, const Archive& archive, State& state, Decision&
 }
 
 /// From the start at a higher lr, re-warmed.
-ADAPTLR_HOST_DEVICE inline void raise_to(const Config& config, double lr, State& state,
-                                         Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void raise_to(const Config& config, double lr, State& state,
+                                                      Decision& decision) {
   state.cut_factor = state.ceiling =
       smaller(config.max_factor, divide(lr, schedule_left(config, state)));
   state.soft_step = 0.0;
@@ -92,15 +93,15 @@ ADAPTLR_HOST_DEVICE inline void raise_to(const Config& config, double lr, State&
 }
 
 /// The lr that a ramp has shown; 0: none.
-ADAPTLR_HOST_DEVICE inline double shown_lr(const Config& config, const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double shown_lr(const Config& config, const State& state) {
   const Progress& p = state.fine;
   const double lr = divide(relative_lr(config, p.lowest_log_lr), kRampDivisor);
   return has_learned(p) ? agreed_lr(lr, state) : 0.0;
 }
 
 /// Ends a ramp whose state set aside is not at hand.
-ADAPTLR_HOST_DEVICE inline void settle_raise(const Config& config, State& state,
-                                             Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void settle_raise(const Config& config, State& state,
+                                                          Decision& decision) {
   const double lr = shown_lr(config, state);
   if (lr >= kLeastRaise)
     raise_to(config, lr, state, decision);
@@ -113,8 +114,8 @@ ADAPTLR_HOST_DEVICE inline void settle_raise(const Config& config, State& state,
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_raise(const Config& config, const Archive& archive,
                                                        bool arrived, State& state,
                                                        Decision& decision) {
-  const Progress p = coarse_progress(config, state);
-  const Progress before = coarse_progress(config, archive.of(state.aside_slot));
+  const Progress& p = coarse_progress(config, state);
+  const Progress& before = coarse_progress(config, archive.of(state.aside_slot));
   const bool unharmed = arrived && state.estimate > kVouched * config.max_factor;
   const double shown = gets_lower(p, before, kRaiseErrors) ? shown_lr(config, state) : 0.0;
   const double lr = unharmed ? config.max_factor : shown;
@@ -126,9 +127,10 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_raise(const Config& config, con
 }
 
 /// One step of the ramp without an alarm.
-ADAPTLR_HOST_DEVICE inline void advance_raise(const Config& config, const Archive& archive,
-                                              const Reading& reading, State& state,
-                                              Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void advance_raise(const Config& config,
+                                                           const Archive& archive,
+                                                           const Reading& reading, State& state,
+                                                           Decision& decision) {
   const Progress& p = state.fine;
   const double decade_steps = divide(kLnTen, logarithm(state.ramp_growth));
   const bool passed = has_learned(p) && reading.fast_rise > kRampErrors &&
@@ -139,8 +141,8 @@ ADAPTLR_HOST_DEVICE inline void advance_raise(const Config& config, const Archiv
 }
 
 /// Whether a raised run has had its time, and is no lower than the run from before.
-ADAPTLR_HOST_DEVICE inline bool is_disproved(const Config& config, const Archive& archive,
-                                             const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool
+is_disproved(const Config& config, const Archive& archive, const State& state) {
   return is_on_probation(state) && state.pending_slot != kNoSlot &&
          !gets_lower(coarse_progress(config, state),
                      coarse_progress(config, archive.of(state.aside_slot)), kRaiseErrors);
@@ -148,9 +150,10 @@ ADAPTLR_HOST_DEVICE inline bool is_disproved(const Config& config, const Archive
 
 /// A soft alarm. Below what the first gradient suggests it asks for a higher lr; at a raised one
 /// that has learned nothing, for the one from before.
-ADAPTLR_HOST_DEVICE inline void answer_doubt(const Config& config, const Archive& archive,
-                                             int32_t flags, const Reading& reading, State& state,
-                                             Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void answer_doubt(const Config& config,
+                                                          const Archive& archive, int32_t flags,
+                                                          const Reading& reading, State& state,
+                                                          Decision& decision) {
   if (may_raise(config, state) && is_far_below(state) && is_slow(state.fine))
     begin_raise(config, archive, state, decision);
   else if (!is_on_probation(state))

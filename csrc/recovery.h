@@ -30,6 +30,21 @@ constexpr double kReached = 0.999;  // of the end of a ramp
 
 constexpr double kNever = 1e18; // above every level
 
+/// A loop, where an assignment would be hundreds of instructions at each of its places.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void copy_words(const double* from, double* to, int count) {
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
+  for (int i = 0; i < count; ++i)
+    to[i] = from[i];
+}
+
+template <typename T> ADAPTLR_HOST_DEVICE inline void copy(const T& from, T& to) {
+  static_assert(sizeof(T) % sizeof(double) == 0, "nothing is left over");
+  copy_words(reinterpret_cast<const double*>(&from), reinterpret_cast<double*>(&to),
+             static_cast<int>(sizeof(T) / sizeof(double)));
+}
+
 /// The states beside the snapshots.
 struct Archive {
   State* saved; // of kFirst and kSecond
@@ -70,14 +85,15 @@ ADAPTLR_HOST_DEVICE inline bool is_on_probation(const State& state) {
 }
 
 /// The schedule of this run: a restart takes the place of its warm-up, which begins after a search.
-ADAPTLR_HOST_DEVICE inline double own_schedule(const Config& config, const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double own_schedule(const Config& config,
+                                                            const State& state) {
   if (state.warmup_start > 0.0 && state.restarted == 0.0 && state.step < config.warmup_steps)
     return divide(state.step - state.warmup_start + 1.0, config.warmup_steps - state.warmup_start);
   const double step = state.restarted != 0.0 ? larger(state.step, config.warmup_steps) : state.step;
   return schedule(config, step);
 }
 
-ADAPTLR_HOST_DEVICE inline double relative_lr(const Config& config, double log_lr) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double relative_lr(const Config& config, double log_lr) {
   return divide(exp(log_lr), config.peak);
 }
 
@@ -110,8 +126,9 @@ ADAPTLR_HOST_DEVICE inline bool has_learned(const Progress& p) {
 
 /// What the way here has shown: by the means of blocks once there are enough, for the lowest of
 /// thousands of levels is always far below the first loss.
-ADAPTLR_HOST_DEVICE inline Progress shown_progress(const Config& config, const State& state) {
-  const Progress coarse = coarse_progress(config, state);
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline const Progress& shown_progress(const Config& config,
+                                                                       const State& state) {
+  const Progress& coarse = coarse_progress(config, state);
   return coarse.count >= kSeenSamples ? coarse : state.fine;
 }
 
@@ -120,7 +137,7 @@ ADAPTLR_HOST_DEVICE inline double level_error(double noise) {
   return noise * 0.36514837167011074; // sqrt(2 / 15)
 }
 
-ADAPTLR_HOST_DEVICE inline void forget_statistics(State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void forget_statistics(State& state) {
   static_cast<Statistics&>(state) = Statistics{};
   state.spike_threshold = state.norm_spike_threshold = kOutlierScore;
 }
@@ -159,7 +176,7 @@ ADAPTLR_HOST_DEVICE inline bool is_far_above(const State& state) {
 /// The lr to restart at, where the way to a collapse or a ramp tells `lr`: the geometric mean of it
 /// and of what the first gradient told, whose errors have nothing in common. One gradient may be an
 /// odd one: it counts as at most a decade off.
-ADAPTLR_HOST_DEVICE inline double agreed_lr(double lr, const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double agreed_lr(double lr, const State& state) {
   const double told = smaller(larger(state.estimate, divide(lr, kFarAbove)), lr * kFarAbove);
   return state.estimate > 0.0 ? square_root(lr * told) : lr;
 }
@@ -171,15 +188,16 @@ ADAPTLR_HOST_DEVICE inline bool is_vouched(const State& state) {
 }
 
 /// What a restart makes up for: the share of the peak that the schedule leaves once re-warmed.
-ADAPTLR_HOST_DEVICE inline double schedule_left(const Config& config, const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double schedule_left(const Config& config,
+                                                             const State& state) {
   const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
   return larger(kLeastSchedule, schedule(config, resumes));
 }
 
 /// From kStart with another peak: `lr` is the one that is meant once re-warmed, so what the
 /// schedule has lost by then is made up for.
-ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& state,
-                                        Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void restart(const Config& config, double lr, State& state,
+                                                     Decision& decision) {
   state.cut_factor =
       larger(least_factor(config, kLeastFactor), smaller(divide(lr, schedule_left(config, state)),
                                                          divide(state.cut_factor, kLeastCut)));
@@ -191,16 +209,16 @@ ADAPTLR_HOST_DEVICE inline void restart(const Config& config, double lr, State& 
 }
 
 /// From kStart with an lr that grows by a decade in `decade_steps`.
-ADAPTLR_HOST_DEVICE inline void begin_ramp(Phase phase, double lr, double decade_steps,
-                                           State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_ramp(Phase phase, double lr, double decade_steps,
+                                                        State& state, Decision& decision) {
   state.ramp_start = state.ramp_lr = larger(lr, 1e-15);
   state.ramp_growth = exp(divide(kLnTen, decade_steps));
   return_to_start(phase, state, decision);
 }
 
 /// Up to an lr that is known to be too high, to find the one that is not.
-ADAPTLR_HOST_DEVICE inline void rescue(const Config& config, double failed_lr, State& state,
-                                       Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void rescue(const Config& config, double failed_lr,
+                                                    State& state, Decision& decision) {
   state.ramp_limit = relative_lr(config, state.fine.log_lr);
   begin_ramp(Phase::kRescue, divide(failed_lr, kRampReach), kDecadeSteps * config.block_steps,
              state, decision);
@@ -213,14 +231,15 @@ ADAPTLR_HOST_DEVICE inline double failed_lr(const State& state) {
 
 /// Whether the way to a collapse has told which lr is good: it has at least doubled since the
 /// lowest level, or nothing was learned.
-ADAPTLR_HOST_DEVICE inline bool was_range_test(const Progress& p) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool was_range_test(const Progress& p) {
   return !has_learned(p) || p.log_lr - p.lowest_log_lr > logarithm(kLeastCut);
 }
 
 /// Answers a hard alarm early in a run: back to the start, where the way there has told which lr
 /// was good; or else with a ramp to find it.
-ADAPTLR_HOST_DEVICE inline void start_over(const Config& config, State& state, Decision& decision) {
-  const Progress p = shown_progress(config, state);
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void start_over(const Config& config, State& state,
+                                                        Decision& decision) {
+  const Progress& p = shown_progress(config, state);
   if (!has_learned(p) && is_far_above(state))
     return restart(config, state.estimate, state, decision);
   if (!has_learned(p))
@@ -238,8 +257,8 @@ ADAPTLR_HOST_DEVICE inline void restart_below(const Config& config, double log_l
 }
 
 /// The end of a ramp: at the lr that brought the lowest level, or well below the one that did not.
-ADAPTLR_HOST_DEVICE inline void settle(const Config& config, const Progress& p, State& state,
-                                       Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void settle(const Config& config, const Progress& p,
+                                                    State& state, Decision& decision) {
   if (has_learned(p))
     return restart_below(config, p.lowest_log_lr, state, decision);
   const double lr = divide(relative_lr(config, p.log_lr), kWarmupDivisor);

@@ -38,7 +38,7 @@ ADAPTLR_HOST_DEVICE inline double decay(const Config& config, double step, doubl
 
 /// Multiplier of the peak lr at `step`. A pure function of the clock: a resumed run needs nothing
 /// else.
-ADAPTLR_HOST_DEVICE inline double schedule(const Config& config, double step) {
+ADAPTLR_HOST_DEVICE ADAPTLR_CALLED inline double schedule(const Config& config, double step) {
   if (step < config.warmup_steps)
     return divide(step + 1.0, config.warmup_steps);
   const bool open_ended = config.total_steps == 0.0;

@@ -40,7 +40,7 @@ ADAPTLR_HOST_DEVICE inline bool is_coarse(const State& state) {
 }
 
 /// `start`: where the ramp that follows begins.
-ADAPTLR_HOST_DEVICE inline void begin_baseline(double start, State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_baseline(double start, State& state) {
   state.ramp_start = larger(start, kTiny);
   state.ramp_lr = divide(state.ramp_start, kRampReach);
   state.ramp_growth = 1.0;
@@ -73,7 +73,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline int32_t begin_run(const Config& config, 
 }
 
 /// From the start again, with a ramp that begins elsewhere. An estimate that led here is refuted.
-ADAPTLR_HOST_DEVICE inline void search_from(double start, State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void search_from(double start, State& state,
+                                                         Decision& decision) {
   if (state.estimate > 0.0 || is_coarse(state))
     state.ramp_limit = state.ramp_lr; // known to be too high, or to change the loss
   state.estimate = 0.0;
@@ -84,13 +85,14 @@ ADAPTLR_HOST_DEVICE inline void search_from(double start, State& state, Decision
 
 /// The estimate by the mean of the baseline in place of its first loss; by the noise, where the
 /// loss is too near to zero to be a scale.
-ADAPTLR_HOST_DEVICE inline double refined_estimate(const Progress& p, double estimate) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double refined_estimate(const Progress& p,
+                                                                double estimate) {
   const bool near_zero = p.fast_level < kNearZero * p.noise;
   return estimate * divide(near_zero ? kNoisePerLoss * p.noise : p.fast_level, fabs(p.first_loss));
 }
 
 /// Ends the baseline, whose mean takes the place of the first loss.
-ADAPTLR_HOST_DEVICE inline void begin_rise(const Config& config, State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_rise(const Config& config, State& state) {
   Progress& p = state.fine;
   if (state.estimate > 0.0 && state.origin_step == 0.0) {
     state.estimate = refined_estimate(p, state.estimate);
@@ -111,8 +113,8 @@ ADAPTLR_HOST_DEVICE inline void begin_rise(const Config& config, State& state) {
 /// The peak that a search has found: the geometric mean of what the ramp and the gradient say,
 /// whose errors have nothing in common; or that of the two which there is; or the typed one.
 /// `lost`: the last rate was too high.
-ADAPTLR_HOST_DEVICE inline double found_lr(const Config& config, const Progress& p, bool lost,
-                                           const State& state) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double found_lr(const Config& config, const Progress& p,
+                                                        bool lost, const State& state) {
   const double estimate = state.estimate;
   const bool rose = !is_baseline(state) && !is_coarse(state);
   if (rose && has_learned(p)) {
@@ -139,9 +141,9 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline Verdict verdict_on_peak(const Config& co
 }
 
 /// The run proper begins with the next step: from the start, with a warm-up up to `warmup_steps`.
-ADAPTLR_HOST_DEVICE inline void end_search(const Config& config, bool lost, State& state,
-                                           Decision& decision) {
-  const Progress p = state.fine;
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_search(const Config& config, bool lost,
+                                                        State& state, Decision& decision) {
+  const Progress& p = state.fine;
   const bool learned = !is_baseline(state) && !is_coarse(state) && has_learned(p);
   choose(found_lr(config, p, lost, state), state);
   decision.flags |= kFound;
@@ -152,8 +154,8 @@ ADAPTLR_HOST_DEVICE inline void end_search(const Config& config, bool lost, Stat
   state.warmup_start = state.origin_step;
 }
 
-ADAPTLR_HOST_DEVICE inline void advance_coarse(const Config& config, double loss, bool lost,
-                                               State& state, Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void
+advance_coarse(const Config& config, double loss, bool lost, State& state, Decision& decision) {
   const Progress& p = state.fine;
   const bool changed = lost || fabs(loss - p.first_loss) > kCoarseErrors * p.noise ||
                        p.lowest_evidence > kSureErrors;
@@ -165,9 +167,9 @@ ADAPTLR_HOST_DEVICE inline void advance_coarse(const Config& config, double loss
 
 /// A ramp ends half a decade past its lowest level, or where the progress is lost; one that was too
 /// high from the beginning is done again.
-ADAPTLR_HOST_DEVICE inline void advance_rise(const Config& config, bool lost,
-                                             const Reading& reading, State& state,
-                                             Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void advance_rise(const Config& config, bool lost,
+                                                          const Reading& reading, State& state,
+                                                          Decision& decision) {
   const Progress& p = state.fine;
   const double decade_steps = divide(kLnTen, logarithm(state.ramp_growth));
   const bool passed =
@@ -182,9 +184,9 @@ ADAPTLR_HOST_DEVICE inline void advance_rise(const Config& config, bool lost,
 
 /// One step of a search. One loss that is not finite is skipped; two in a row, on a ramp, mean that
 /// the rate was too high.
-ADAPTLR_HOST_DEVICE inline void advance_search(const Config& config, double loss,
-                                               const Reading& reading, State& state,
-                                               Decision& decision) {
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void advance_search(const Config& config, double loss,
+                                                            const Reading& reading, State& state,
+                                                            Decision& decision) {
   const bool broken = (decision.flags & kNonfinite) != 0;
   const bool lost = broken || (decision.flags & (kLost | kAbove)) != 0;
   if (state.step + 1.0 >= config.search_steps || !has_snapshots(config))

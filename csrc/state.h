@@ -8,12 +8,20 @@
 #define ADAPTLR_HOST_DEVICE
 #endif
 
-// What few steps need stays out of the code, and so out of the registers, of all the others. Its
-// arguments must be copies: an address taken would keep the usual step's State in memory.
+// What few steps need stays out of the code, and so out of the registers, of all the others, and is
+// compiled once, not at each of its places. Its arguments must be copies: an address taken would
+// keep the usual step's State in memory.
 #if defined(__CUDACC__)
 #define ADAPTLR_RARE __noinline__
 #else
 #define ADAPTLR_RARE __attribute__((noinline, cold))
+#endif
+
+// What every step needs, but no step waits for on the device: compiled once there.
+#if defined(__CUDACC__)
+#define ADAPTLR_CALLED __noinline__
+#else
+#define ADAPTLR_CALLED
 #endif
 
 // NVRTC compiles these headers without the standard library.

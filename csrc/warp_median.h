@@ -8,18 +8,23 @@ namespace adaptlr {
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kDifferences <= 32, "a lane looks after one difference");
 
-/// Which lanes' values come before this lane's, a bit for each: those that are smaller. With `ties`
-/// also those of lower lanes that are equal, so that no two have the same rank.
-__device__ inline unsigned lanes_below(double own, const double* values, unsigned lane, bool ties) {
-  unsigned smaller = 0, equal = 0;
+/// Which lanes' values are smaller than this lane's: a bit for each.
+__device__ inline unsigned lanes_below(double own, const double* values) {
+  unsigned smaller = 0;
 #pragma unroll
   for (unsigned j = 0; j < kDifferences; ++j)
     smaller |= (values[j] < own ? 1u : 0u) << j;
-  if (ties) {
-    for (unsigned j = 0; j < kDifferences; ++j)
-      equal |= (values[j] == own ? 1u : 0u) << j;
-  }
-  return smaller | (equal & ((1u << lane) - 1u));
+  return smaller;
+}
+
+/// Which lower lanes' values are equal to this lane's. They come first, so that no two lanes have
+/// the same rank.
+__device__ ADAPTLR_RARE unsigned lanes_tied(double own, const double* values, unsigned lane) {
+  unsigned equal = 0;
+#pragma unroll 1
+  for (unsigned j = 0; j < lane && j < kDifferences; ++j)
+    equal |= (values[j] == own ? 1u : 0u) << j;
+  return equal;
 }
 
 /// The lanes in the middle of those in `members`; 0 where equal values hide them.
@@ -54,10 +59,10 @@ __device__ inline Medians warp_difference(double loss, const Progress& p, double
       members & __ballot_sync(kAllLanes, lane < kDifferences && wrapped < kRecentDifferences);
 
   const double own = window[lane < kDifferences ? lane : 0];
-  unsigned below = lanes_below(own, window, lane, false);
+  unsigned below = lanes_below(own, window);
   Middle all = middle_of(members, below, lane), last = middle_of(recent, below, lane);
   if (count < kFewDifferences || all.low == 0 || all.high == 0 || last.low == 0 || last.high == 0) {
-    below = lanes_below(own, window, lane, true);
+    below |= lanes_tied(own, window, lane);
     all = middle_of(members, below, lane);
     last = middle_of(recent, below, lane);
   }
@@ -69,6 +74,10 @@ __device__ inline Medians warp_difference(double loss, const Progress& p, double
   return medians;
 }
 
+__device__ ADAPTLR_RARE Medians warp_coarse_difference(double mean, State& state, unsigned lane) {
+  return warp_difference(mean, state.coarse, state.coarse_differences, lane);
+}
+
 __device__ inline Differences warp_differences(const Config& config, double loss, State& state,
                                                unsigned lane) {
   Differences differences{};
@@ -76,8 +85,7 @@ __device__ inline Differences warp_differences(const Config& config, double loss
     return differences;
   differences.fine = warp_difference(loss, state.fine, state.fine_differences, lane);
   if (completes_block(config, state))
-    differences.coarse = warp_difference(block_mean(config, loss, state), state.coarse,
-                                         state.coarse_differences, lane);
+    differences.coarse = warp_coarse_difference(block_mean(config, loss, state), state, lane);
   return differences;
 }
 
