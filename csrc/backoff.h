@@ -14,7 +14,7 @@ constexpr double kDriftBackoff = 0.7; // a drift is slow: a small cut will do
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double factor_of(const Config& config, double lr,
                                                          const State& state) {
   const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
-  const double multiplier = schedule(config, resumes);
+  const double multiplier = rare_schedule(config, resumes);
   return multiplier > 0.0 ? divide(lr, multiplier) : state.cut_factor;
 }
 

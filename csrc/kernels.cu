@@ -285,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(1)
     block.pending = PendingLosses{};
   }
   block.cursor.notices = 0; // they were about what has just been replaced
-  const double multiplier = block.state.factor * schedule(block.config, block.state.step);
+  const double multiplier = block.state.factor * rare_schedule(block.config, block.state.step);
 #pragma unroll 1
   for (unsigned lane = 0; lane < kLanes; ++lane)
     write_lrs(peaks_of(block.config, lane), multiplier, block, lane);

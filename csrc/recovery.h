@@ -90,7 +90,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double own_schedule(const Config& config
   if (state.warmup_start > 0.0 && state.restarted == 0.0 && state.step < config.warmup_steps)
     return divide(state.step - state.warmup_start + 1.0, config.warmup_steps - state.warmup_start);
   const double step = state.restarted != 0.0 ? larger(state.step, config.warmup_steps) : state.step;
-  return schedule(config, step);
+  return rare_schedule(config, step);
 }
 
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double relative_lr(const Config& config, double log_lr) {
@@ -191,7 +191,7 @@ ADAPTLR_HOST_DEVICE inline bool is_vouched(const State& state) {
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double schedule_left(const Config& config,
                                                              const State& state) {
   const double resumes = larger(state.step + config.rewarm_steps, config.warmup_steps);
-  return larger(kLeastSchedule, schedule(config, resumes));
+  return larger(kLeastSchedule, rare_schedule(config, resumes));
 }
 
 /// From kStart with another peak: `lr` is the one that is meant once re-warmed, so what the

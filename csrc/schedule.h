@@ -38,7 +38,7 @@ ADAPTLR_HOST_DEVICE inline double decay(const Config& config, double step, doubl
 
 /// Multiplier of the peak lr at `step`. A pure function of the clock: a resumed run needs nothing
 /// else.
-ADAPTLR_HOST_DEVICE ADAPTLR_CALLED inline double schedule(const Config& config, double step) {
+ADAPTLR_HOST_DEVICE inline double schedule(const Config& config, double step) {
   if (step < config.warmup_steps)
     return divide(step + 1.0, config.warmup_steps);
   const bool open_ended = config.total_steps == 0.0;
@@ -48,6 +48,11 @@ ADAPTLR_HOST_DEVICE ADAPTLR_CALLED inline double schedule(const Config& config, 
                               : divide(step - config.warmup_steps + 1.0,
                                        config.total_steps - config.warmup_steps);
   return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * decay(config, step, x);
+}
+
+/// For all but the hot path, where a call takes longer than the schedule.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double rare_schedule(const Config& config, double step) {
+  return schedule(config, step);
 }
 
 /// The last multiplier before the end that is not zero; what a run keeps that goes on past its end.

@@ -17,13 +17,6 @@
 #define ADAPTLR_RARE __attribute__((noinline, cold))
 #endif
 
-// What every step needs, but no step waits for on the device: compiled once there.
-#if defined(__CUDACC__)
-#define ADAPTLR_CALLED __noinline__
-#else
-#define ADAPTLR_CALLED
-#endif
-
 // NVRTC compiles these headers without the standard library.
 #ifdef __CUDACC_RTC__
 using int32_t = int;
