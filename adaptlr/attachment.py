@@ -225,7 +225,7 @@ class Attachment:
                 stacklevel=6,
             )
         if new & Flag.FAR_LR:
-            warnings.warn(self._far_lr(), stacklevel=6)
+            self._warn_of_far_lr()
         if new & EVENT:
             self._tell_events()
         if new & FAILED:
@@ -251,12 +251,14 @@ class Attachment:
         rows, total_steps = self.path.core.newest(), self.config.total_steps
         return total_steps is not None and len(rows) > 0 and bool(rows["step"][0] >= total_steps)
 
-    def _far_lr(self) -> str:
-        told = next((e.reason for e in self.events() if e.kind == "far_lr"), "the lr is far off")
-        return (
-            f"{told}. The run goes on as asked; lr='auto' searches for a rate, and check_lr=False "
-            "silences this"
-        )
+    def _warn_of_far_lr(self) -> None:
+        """Warn of the typed lr; a restart on account of the first gradient has the same flag."""
+        for told in (event.reason for event in self.events() if event.kind == "far_lr"):
+            warnings.warn(
+                f"{told}. The run goes on as asked; lr='auto' searches for a rate, and "
+                "check_lr=False silences this",
+                stacklevel=7,
+            )
 
     def _other_writer(self) -> str:
         scheduled = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")

@@ -84,8 +84,10 @@ def _kind(row: Row, factor: float) -> str:
     flags, phase = Flag(int(row["flags"])), Phase(int(row["phase"]))
     previous = Phase(int(row["previous_phase"]))
     restored = restored_slot(row)
-    if flags & (Flag.FOUND | Flag.FAR_LR):
-        return "found" if flags & Flag.FOUND else "far_lr"
+    if flags & Flag.FOUND:
+        return "found"
+    if flags & Flag.FAR_LR and not restored:
+        return "far_lr"
     if phase in _ENTERED and (phase != previous or restored):
         return _ENTERED[phase]
     if phase is Phase.REWARM and restored:
@@ -126,22 +128,24 @@ def _level(row: Row) -> str:
 def _seen(row: Row) -> str:
     """Say what the charts saw, or that no chart did."""
     flags, level = Flag(int(row["flags"])), _level(row)
-    errors = f"{float(row['rise']):.1f} standard errors"
-    loss = f"loss {float(row['loss']):.4g}"
+    errors, cusum = f", {float(row['rise']):.1f} standard errors", f", cusum {row['cusum']:.1f}"
+    if flags & Flag.FAR_LR:  # the record tells of rates in their place
+        errors = cusum = ""
+    above = f"{errors} above its " if errors else ""
     if flags & Flag.LOST:
-        return f"the progress made is lost ({level}, {errors} above its lowest)"
+        return f"the progress made is lost ({level}{above and above + 'lowest'})"
     if flags & Flag.ABOVE:
-        return f"the loss has risen above the first one ({level}, {errors})"
+        return f"the loss has risen above the first one ({level}{errors})"
     if flags & Flag.DIVERGE:
-        return f"the loss runs away ({loss}, {level}, cusum {float(row['cusum']):.1f})"
+        return f"the loss runs away (loss {float(row['loss']):.4g}, {level}{cusum})"
     if flags & Flag.WORSE:
         return f"the loss is above where the run began ({level})"
     if flags & Flag.DRIFT:
-        return f"the loss drifts upwards ({level}, {errors} above its best)"
+        return f"the loss drifts upwards ({level}{above and above + 'best'})"
     if flags & Flag.NO_PROGRESS:
         return f"the loss is where it began ({level})"
     if flags & Flag.STALL:
-        return f"the loss has stopped falling, {errors} above its lowest ({level})"
+        return f"the loss has stopped falling{above and above + 'lowest'} ({level})"
     if flags & Flag.NONFINITE:
         return f"{_nonfinite(row)} once more"
     return ""
@@ -166,9 +170,13 @@ def _restart(row: Row, factor: float) -> str:
     previous = Phase(int(row["previous_phase"]))
     found = {
         Phase.TEST: "from the start a lower learning rate got lower",
+        Phase.TRIAL: "a lower learning rate did not help",
         Phase.RESCUE: "the ramp has shown which learning rate holds",
     }
     what = _seen(row) or found.get(previous, "a lower learning rate had got lower before")
+    if Flag(int(row["flags"])) & Flag.FAR_LR:
+        what = "the lower learning rate got no lower" if previous is Phase.TEST else what
+        what += f", and the first gradient suggests {float(row['rise']):.2g}"
     return (
         f"{what}; {_restored(row)}, learning rate set to {float(row['target_factor']):.3g} of its "
         f"schedule (it stood at {factor:.3g}) and warmed up again"

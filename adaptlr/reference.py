@@ -104,8 +104,8 @@ def control_step(
     orders = Orders(skip=True)
     if state.phase != Phase.FAILED:
         archive = {} if archive is None else archive
-        orders, found = guard(config, signals, flags, reading, state, archive)
-        flags |= found
+        orders = guard(config, signals, flags, reading, state, archive)
+    flags |= orders.flags
     if orders.skip and config.guard_mode == GuardMode.ACT:
         state.skips += 1
     event = is_event(config, flags, record.previous_phase, state)

@@ -75,36 +75,31 @@ FIRST_QUESTION = 16  # steps after a change of the data
 
 def guard(
     config: Config, signals: Signals, flags: Flag, reading: Reading, state: State, archive: Archive
-) -> tuple[Orders, Flag]:
-    """Answer the flags of this step: move the phase and the factor, give the orders.
-
-    Returns:
-        The orders, and FOUND if a search has ended.
-    """
-    found = Flag(0)
+) -> Orders:
+    """Answer the flags of this step: move the phase and the factor, give the orders."""
     alarms = audible(config, flags, state)
     track_onset(config, signals, alarms, state)
     acts = config.guard_mode == GuardMode.ACT
     broken = Flag.OVERFLOW | (Flag.NONFINITE if acts else Flag(0))
     count_skips(config, flags, state)
     if state.consecutive_overflows >= OVERFLOW_LIMIT:
-        return fail(state), found
+        return fail(state)
     if state.consecutive_skips > config.max_consecutive_skips:
         if not config.snapshot_slots or not state.first_lr:
-            return fail(state), found  # there is nothing to undo
+            return fail(state)  # there is nothing to undo
         alarms |= Flag.NONFINITE
         state.consecutive_skips = state.consecutive_overflows = 0.0
     if config.guard_mode == GuardMode.OFF:
         orders = Orders()
     elif state.phase == Phase.SEARCH:
-        orders, found = advance_search(config, signals, flags, reading, state)
+        orders = advance_search(config, signals, flags, reading, state)
     elif alarms:
         orders = answer_alarm(config, signals, alarms, state, archive)
     else:
         orders = go_on(config, signals, flags, reading, state, archive)
     if has_failed(state):
         orders = undo_raise(config, state, archive)
-    return orders._replace(skip=orders.skip or bool(flags & broken)), found
+    return orders._replace(skip=orders.skip or bool(flags & broken))
 
 
 def audible(config: Config, flags: Flag, state: State) -> Flag:

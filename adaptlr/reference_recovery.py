@@ -46,11 +46,12 @@ NOTHING = Slot.NO_SLOT
 
 
 class Orders(NamedTuple):
-    """What the guard wants of a step."""
+    """What the guard wants of a step, and what it adds to the flags."""
 
     skip: bool = False
     save: Slot = NOTHING
     restore: Slot = NOTHING
+    flags: Flag = Flag(0)
 
 
 def enter(phase: Phase, first_step: float, state: State) -> None:
@@ -203,6 +204,11 @@ def restart(config: Config, lr: float, state: State) -> Orders:
     return return_to_start(Phase.REWARM, state)
 
 
+def restart_as_told(config: Config, lr: float, state: State) -> Orders:
+    """Restart on account of the first gradient."""
+    return restart(config, lr, state)._replace(flags=Flag.FAR_LR)
+
+
 def begin_ramp(phase: Phase, lr: float, decade_steps: float, state: State) -> Orders:
     """Go back to the start with an LR that grows by a decade in so many steps."""
     state.ramp_start = state.ramp_lr = max(lr, 1e-15)
@@ -231,7 +237,7 @@ def start_over(config: Config, state: State) -> Orders:
     progress = shown_progress(config, state)
     if not has_learned(progress):
         if is_far_above(state):
-            return restart(config, state.estimate, state)
+            return restart_as_told(config, state.estimate, state)
         return rescue(config, failed_lr(state), state)
     divisor = RAMP_DIVISOR if state.tested else WARMUP_DIVISOR
     lr = relative(config, progress.lowest_log_lr) / divisor
@@ -326,7 +332,10 @@ def gets_lower(progress: Progress, run: Progress, errors: float) -> bool:
 
 
 def end_test(config: Config, state: State, archive: Archive) -> Orders:
-    """Settle if the ramp got lower than the run ever did, or clearly lower than where it stands."""
+    """Settle if the ramp got lower than the run ever did, or clearly lower than where it stands.
+
+    If not, the first gradient has the casting vote.
+    """
     progress = coarse_progress(config, state)
     before = coarse_progress(config, archive[state.aside_slot])
     settled = progress.count - progress.lowest_age >= SETTLED_SAMPLES
@@ -336,6 +345,8 @@ def end_test(config: Config, state: State, archive: Archive) -> Orders:
     better = settled and highest < lowest_likely(before, factor, TEST_ERRORS)
     if better or gets_lower(progress, before, TEST_ERRORS):
         return restart_below(config, progress.lowest_log_lr, state)
+    if state.estimate and not is_vouched(state):
+        return restart_as_told(config, agreed(state.cut_factor, state), state)
     orders = return_to_aside(state, archive)
     state.restarts -= 1  # nothing had failed
     state.tested = 1.0
@@ -406,7 +417,7 @@ def doubt(config: Config, state: State, archive: Archive) -> Orders:
     """Test once; later on, take what the test's ramp had reached if the run has got worse."""
     if is_far_above(state):
         state.restarts += 1  # the lowest of a level that stands still tells no LR
-        return restart(config, state.estimate, state)
+        return restart_as_told(config, state.estimate, state)
     if not state.tested:
         return begin_test(config, state, archive) if config.snapshot_slots >= 3 else Orders()
     progress = coarse_progress(config, state)

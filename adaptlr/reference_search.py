@@ -54,8 +54,8 @@ def begin_baseline(start: float, state: State) -> None:
 
 def advance_search(
     config: Config, signals: Signals, flags: Flag, reading: Reading, state: State
-) -> tuple[Orders, Flag]:
-    """Take one step of a search; return the orders, and FOUND if it is over."""
+) -> Orders:
+    """Take one step of a search."""
     broken = bool(flags & Flag.NONFINITE)
     lost = broken or bool(flags & (Flag.LOST | Flag.ABOVE))
     progress = state.fine
@@ -63,27 +63,27 @@ def advance_search(
         return end_search(config, lost, state)
     stage = stage_of(state)
     if broken and (stage == "baseline" or state.consecutive_skips < 2):
-        return Orders(), Flag(0)
+        return Orders()
     match stage:
         case "baseline" if lost:  # not even that rate is harmless
-            return search_from(state.ramp_start / (SEARCH_REACH * RAMP_REACH), state), Flag(0)
+            return search_from(state.ramp_start / (SEARCH_REACH * RAMP_REACH), state)
         case "baseline":
             if progress.count >= BASELINE:
                 begin_rise(config, state)
         case "coarse":
             height = abs(signals.loss - progress.first_loss)
             if lost or height > 6 * progress.noise or progress.lowest_evidence > 4:
-                return search_from(state.ramp_lr / COARSE_BACK, state), Flag(0)
+                return search_from(state.ramp_lr / COARSE_BACK, state)
             if state.step >= 0.6 * config.search_steps:
                 return end_search(config, False, state)
         case "rise":
             left = config.search_steps - state.step
             early = progress.count < BASELINE + 12 and left > 3 * BASELINE
             if lost and early and not has_learned(progress):
-                return search_from(state.ramp_start / RAMP_REACH, state), Flag(0)
+                return search_from(state.ramp_start / RAMP_REACH, state)
             if lost or is_past_lowest(reading, state):
                 return end_search(config, lost, state)
-    return Orders(), Flag(0)
+    return Orders()
 
 
 def stage_of(state: State) -> str:
@@ -134,7 +134,7 @@ def begin_rise(config: Config, state: State) -> None:
     progress.log_lr = progress.lowest_log_lr = math.log(config.peak * state.ramp_lr)
 
 
-def end_search(config: Config, lost: bool, state: State) -> tuple[Orders, Flag]:
+def end_search(config: Config, lost: bool, state: State) -> Orders:
     """Undo the search, and let the run proper begin with the peak that was found."""
     learned = stage_of(state) == "rise" and has_learned(state.fine)
     state.cut_factor = state.ceiling = found_lr(config, state.fine, learned, lost, state)
@@ -143,7 +143,7 @@ def end_search(config: Config, lost: bool, state: State) -> tuple[Orders, Flag]:
     orders = return_to_start(Phase.RUN, state)
     state.restarted = 0.0
     state.warmup_start = state.origin_step
-    return orders, Flag.FOUND
+    return orders._replace(flags=Flag.FOUND)
 
 
 def found_lr(config: Config, progress: Progress, learned: bool, lost: bool, state: State) -> float:

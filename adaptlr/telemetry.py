@@ -108,7 +108,8 @@ class Flag(IntFlag):
         ABOVE: The loss has risen above the first one.
         NO_PROGRESS: The loss is where it began; heeded early in a run only.
         STALL: The loss has stopped falling; heeded early in a run only.
-        FAR_LR: The typed learning rate is far off what the first gradient suggests.
+        FAR_LR: The learning rate is far off what the first gradient suggests: the typed one, or
+            one that a restart lowers for that.
         FOUND: A search has ended, and the peak is set.
     """
 

@@ -95,7 +95,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool gets_lower(const Progress& p, const
 
 /// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
 /// did, or clearly lower than where the run stands. Noise is as correlated on one side as on the
-/// other; where it seems more so, that is the loss wandering.
+/// other; where it seems more so, that is the loss wandering. A test that tells nothing leaves two
+/// witnesses against the lr where the first gradient does not vouch for it: the soft alarm is one.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_test(const Config& config, const Archive& archive,
                                                       State& state, Decision& decision) {
   const Progress& p = coarse_progress(config, state);
@@ -107,6 +108,8 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_test(const Config& config, cons
       highest_likely(p, noise, kTestErrors) < lowest_likely(before, factor, kTestErrors);
   if (gets_lower(p, before, kTestErrors) || better)
     return restart_below(config, p.lowest_log_lr, state, decision);
+  if (state.estimate > 0.0 && !is_vouched(state))
+    return restart_as_told(config, agreed_lr(state.cut_factor, state), state, decision);
   const double level =
       p.lowest_evidence > kSureErrors ? highest_likely(p, noise, kWorseErrors) : kNever;
   const double log_lr = p.lowest_log_lr;
@@ -181,7 +184,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void doubt(const Config& config, const A
   const Progress& p = coarse_progress(config, state);
   if (is_far_above(state)) {
     state.restarts += 1.0; // a level that stands still has its lowest anywhere: no landmark
-    restart(config, state.estimate, state, decision);
+    restart_as_told(config, state.estimate, state, decision);
   } else if (state.tested == 0.0) {
     if (config.snapshot_slots >= kSlots)
       begin_test(config, archive, state, decision);

@@ -208,6 +208,13 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void restart(const Config& config, doubl
   return_to_start(Phase::kRewarm, state, decision);
 }
 
+/// On account of the first gradient.
+ADAPTLR_HOST_DEVICE inline void restart_as_told(const Config& config, double lr, State& state,
+                                                Decision& decision) {
+  decision.flags |= kFarLr;
+  restart(config, lr, state, decision);
+}
+
 /// From kStart with an lr that grows by a decade in `decade_steps`.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_ramp(Phase phase, double lr, double decade_steps,
                                                         State& state, Decision& decision) {
@@ -241,7 +248,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void start_over(const Config& config, St
                                                         Decision& decision) {
   const Progress& p = shown_progress(config, state);
   if (!has_learned(p) && is_far_above(state))
-    return restart(config, state.estimate, state, decision);
+    return restart_as_told(config, state.estimate, state, decision);
   if (!has_learned(p))
     return rescue(config, failed_lr(state), state, decision);
   const double divisor = state.tested != 0.0 ? kRampDivisor : kWarmupDivisor;

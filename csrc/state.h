@@ -82,7 +82,7 @@ enum Flag : int32_t {
   kAbove = 1024,      // the loss is above the first one
   kNoProgress = 2048, // the loss is where it began
   kStall = 4096,      // the loss has stopped falling above its lowest
-  kFarLr = 8192,      // the typed lr is far from the one-gradient estimate
+  kFarLr = 8192,      // the lr is far from the one-gradient estimate; a restart acts on it
   kFound = 16384      // the peak was chosen in this step
 };
 

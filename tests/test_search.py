@@ -15,7 +15,9 @@ from test_update import assert_same, moves_of, run_loop, run_reference
 
 import adaptlr
 from adaptlr import _extension as extension
+from adaptlr.events import make_events
 from adaptlr.reference import Flag, Phase
+from adaptlr.reference_schedule import schedule
 
 # Closed loops. The typed peak stands at 1, and `critical` is the rate that does harm.
 
@@ -121,6 +123,28 @@ def test_a_typed_rate_far_above_the_estimate_restarts_there():
     restart = records[records["phase"] == Phase.REWARM][0]
     assert restart["target_factor"] == pytest.approx(0.0008, rel=0.1)
     assert Flag(int(records["flags"][0])) & Flag.FAR_LR
+
+
+@pytest.mark.parametrize(("estimate", "factor"), [(0.2, 0.447), (0.12, 0.346), (0.4, None)])
+def test_a_test_that_tells_nothing_leaves_the_word_to_the_first_gradient(estimate, factor):
+    scenario = Scenario(FLAT, ("RUN>TEST",), {"snapshot_slots": 3})
+    config, signals, actual = run_loop(scenario, 300, told(estimate, 1.0))
+    assert_same(actual, run_reference(config, signals, 1, told(estimate, 1.0)), loss_unit=1.0)
+    records = actual[0]
+    ended = records[(records["previous_phase"] == Phase.TEST) & (records["phase"] != Phase.TEST)][0]
+    reason = make_events(np.array([ended]))[0].reason
+    if factor is None:  # within three estimates
+        assert ended["phase"] == Phase.RUN
+        assert reason.startswith("the lower learning rate got no lower; the state set aside is")
+        return
+    assert ended["phase"] == Phase.REWARM
+    assert Flag(int(ended["flags"])) & Flag.FAR_LR
+    share = max(schedule(config, ended["step"] + config.rewarm_steps), 0.2)
+    assert ended["target_factor"] == pytest.approx(factor / share, rel=0.1)
+    assert reason.startswith(
+        f"the lower learning rate got no lower, and the first gradient suggests {ended['rise']:.2g}"
+        "; weights and optimizer state from the start are put back, learning rate set to "
+    )
 
 
 def test_a_search_starts_where_the_gradient_says_whatever_was_typed():
