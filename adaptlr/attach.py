@@ -10,13 +10,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
 from adaptlr.host_path import HostPath
-from adaptlr.one_gradient import update_family
+from adaptlr.one_gradient import UpdateFamily, update_family
 
 if TYPE_CHECKING:
     from adaptlr.attachment import Path
 
 logger = logging.getLogger("adaptlr")
 
+SGD_RAMP_FROM = 500  # steps of a run: a ramp takes a tenth of them, and more of shorter ones
 DEVICE_PATHS = ("auto", "fused", "capturable", "float")
 
 
@@ -101,6 +102,19 @@ def resolve_search(
             "Search(steps=...) at their defaults"
         )
     return search
+
+
+def estimate_suffices(
+    optimizer: torch.optim.Optimizer, search: Search | None, total_steps: int | None
+) -> bool:
+    """Whether what the first gradient tells is worth more than a ramp and the steps for it.
+
+    That is so of SGD in short runs: its loss trails the rate of a fast ramp by its momentum. See
+    docs/choosing_lr.md.
+    """
+    is_short = total_steps is not None and total_steps < SGD_RAMP_FROM
+    by_default = search is not None and search.steps is None
+    return is_short and by_default and update_family(optimizer) is UpdateFamily.SGD
 
 
 def refuse_raise(lr: float | str | None, guard: Guard | None, snapshot: str) -> None:

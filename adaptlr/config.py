@@ -107,8 +107,9 @@ class Search:
 
     Args:
         steps: Steps that it may take at most, 0 or at least 30; ``None``: a tenth of the run, at
-            least 50 and at most 100; a fifth of runs of 200 to 250 steps, and none of shorter ones.
-            With 0 the first gradient alone decides.
+            least 50 and at most 100; a fifth of runs of 200 to 250 steps, and none of shorter ones,
+            nor of runs of SGD below 500 steps whose first gradient tells a rate. With 0 the first
+            gradient alone decides.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -218,6 +219,7 @@ class ResolvedConfig:
         guard: Guard | None,
         peaks: Sequence[float],
         search: Search | None = None,
+        estimate_suffices: bool = False,
     ) -> None:
         """Resolve and check the arguments of `AdaptiveLR`."""
         if guard is not None and not isinstance(guard, Guard):
@@ -240,6 +242,7 @@ class ResolvedConfig:
         self.row = np.zeros((), dtype=_extension.config_dtype)
         self.row["min_lr_ratio"] = min_lr_ratio
         self.row["search_steps"] = -1 if search is None else search.steps_of(total_steps)
+        self.row["estimate_suffices"] = estimate_suffices
         self._set_length(total_steps)
         self.set_peaks(peaks)
 

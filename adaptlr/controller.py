@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from adaptlr import compiled
 from adaptlr.attach import (
     choose_path,
+    estimate_suffices,
     refuse_raise,
     refuse_unavailable,
     resolve_plan,
@@ -170,6 +171,7 @@ class AdaptiveLR:
         loaded = self._optimizer.param_groups[0].get(KEY)  # a checkpoint that came before us
         if loaded is not None and lr is None:
             plan = plan._replace(peaks=list(unpack(loaded, len(plan.peaks)).made_peaks))
+        search = resolve_search(self._optimizer, lr, search, guard, snapshot)
         config = ResolvedConfig(
             total_steps=total_steps,
             warmup=plan.warmup,
@@ -177,7 +179,8 @@ class AdaptiveLR:
             min_lr_ratio=min_lr_ratio,
             guard=guard,
             peaks=plan.peaks,
-            search=resolve_search(self._optimizer, lr, search, guard, snapshot),
+            search=search,
+            estimate_suffices=estimate_suffices(self._optimizer, search, total_steps),
         )
         self._recorder = None if recorder is None else open_recorder(recorder)
         self._history_size = history_size

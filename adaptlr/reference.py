@@ -312,6 +312,7 @@ def default_config(total_steps: int, peak: float, **overrides: Any) -> Config:
         peak=peak,
         peaks=(peak,),
         group_count=1,
+        estimate_suffices=0,
         decay=Decay.COSINE,
         guard_mode=GuardMode.ACT,
     )

@@ -46,11 +46,13 @@ def half_cosine(x: float) -> float:
 def own_schedule(config: Config, state: State) -> float:
     """Return the multiplier of this run: a restart's re-warming takes the place of the warm-up.
 
-    After a search the warm-up begins where that ended.
+    After a search the warm-up begins where that ended. Where the search took no step, the peak is
+    held for as long.
     """
     start = state.warmup_start
     if start and not state.restarted and state.step < config.warmup_steps:
-        return (state.step - start + 1) / (config.warmup_steps - start)
+        steps = max(config.warmup_steps - abs(start), 1)
+        return min((state.step - max(start, 0) + 1) / steps, 1.0)
     step = max(state.step, config.warmup_steps) if state.restarted else state.step
     return schedule(config, step)
 

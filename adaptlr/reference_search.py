@@ -37,12 +37,14 @@ def begin_run(config: Config, signals: Signals, state: State) -> Flag:
     if typed:
         far = state.estimate and not 1 / 60 <= state.estimate <= 60
         return Flag.FAR_LR if far else Flag(0)
-    if config.search_steps and config.snapshot_slots:
+    suffices = config.estimate_suffices and state.estimate and loss > 0
+    if config.search_steps and config.snapshot_slots and not suffices:
         start = state.estimate / SEARCH_REACH or 1 / COARSE_REACH
         begin_baseline(start, state)
         enter(Phase.SEARCH, state.step, state)
         return Flag(0)
     state.cut_factor = state.ceiling = state.estimate / ALONE or 1.0
+    state.warmup_start = -config.search_steps
     return Flag.FOUND
 
 

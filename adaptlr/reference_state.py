@@ -77,6 +77,7 @@ class Config:
     peak: float
     peaks: tuple[float, ...]
     group_count: int
+    estimate_suffices: int
     decay: Decay
     guard_mode: GuardMode
     table: Sequence[float] | npt.NDArray[np.float64] = ()

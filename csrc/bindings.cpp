@@ -112,7 +112,7 @@ std::array<State, kSavedStates> saved_from_rows(const py::array& rows) {
 
 py::tuple lrs_of(const Config& config, double multiplier) {
   py::tuple lrs(static_cast<std::size_t>(config.group_count));
-  for (int64_t g = 0; g < config.group_count; ++g)
+  for (int32_t g = 0; g < config.group_count; ++g)
     PyTuple_SET_ITEM(lrs.ptr(), g, PyFloat_FromDouble(config.peaks[g] * multiplier));
   return lrs;
 }
@@ -206,7 +206,7 @@ void define_layouts(py::module_& module) {
                      timescale, final_multiplier, backoff_factor, rewarm_steps, hold_steps,
                      regrow_growth, max_consecutive_skips, snapshot_slots, snapshot_steps,
                      chart_steps, block_steps, sensitivity, max_restarts, max_factor, search_steps,
-                     peak, peaks, group_count, decay, guard_mode, table));
+                     peak, peaks, group_count, estimate_suffices, decay, guard_mode, table));
   define_state(module);
   define_layout<Record>(module, "record_dtype",
                         ADAPTLR_FIELDS(Record, sequence, step, loss, level, scale, slope,

@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Signals signals = signals_of(params, inputs, loss, overwritten);
   Measurements measured{};
   if (part == kSchedulePart) {
-    if (lane == 0)
+    if (lane == 0 && watches_progress(staged.config, loss, staged.state))
       log_lr = log_lr_behind(staged.config, staged.state);
     __syncwarp();
     give(kLogLrBarrier);

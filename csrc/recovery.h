@@ -85,10 +85,13 @@ ADAPTLR_HOST_DEVICE inline bool is_on_probation(const State& state) {
 }
 
 /// The schedule of this run: a restart takes the place of its warm-up, which begins after a search.
+/// Where that took no step, the peak is held for as long.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double own_schedule(const Config& config,
                                                             const State& state) {
-  if (state.warmup_start > 0.0 && state.restarted == 0.0 && state.step < config.warmup_steps)
-    return divide(state.step - state.warmup_start + 1.0, config.warmup_steps - state.warmup_start);
+  if (state.warmup_start != 0.0 && state.restarted == 0.0 && state.step < config.warmup_steps) {
+    const double steps = larger(config.warmup_steps - fabs(state.warmup_start), 1.0);
+    return smaller(divide(state.step - larger(state.warmup_start, 0.0) + 1.0, steps), 1.0);
+  }
   const double step = state.restarted != 0.0 ? larger(state.step, config.warmup_steps) : state.step;
   return rare_schedule(config, step);
 }

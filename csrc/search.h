@@ -63,12 +63,14 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline int32_t begin_run(const Config& config, 
     const bool far = estimate > kFarShare || estimate * kFarShare < 1.0;
     return known && far ? kFarLr : 0;
   }
-  if (config.search_steps > 0.0 && has_snapshots(config)) {
+  const bool suffices = config.estimate_suffices != 0 && known && loss > 0.0;
+  if (config.search_steps > 0.0 && has_snapshots(config) && !suffices) {
     begin_baseline(known ? divide(estimate, kSearchReach) : 1.0 / kCoarseReach, state);
     enter(Phase::kSearch, state.step, state);
     return 0;
   }
   choose(known ? divide(estimate, kEstimateDivisor) : 1.0, state);
+  state.warmup_start = -config.search_steps;
   return kFound;
 }
 

@@ -110,7 +110,8 @@ struct Config {
   double search_steps;      // that a search may take; 0: the estimate alone; -1: the lr is typed
   double peak;              // the largest of peaks; lr
   double peaks[kMaxGroups]; // peak lr of every group
-  int64_t group_count;      // of peaks in use
+  int32_t group_count;      // of peaks in use
+  int32_t estimate_suffices; // 1: a search takes no ramp where the first gradient tells an lr
   Decay decay;
   GuardMode guard_mode;
   int64_t table; // address of total_steps doubles, for Decay::kTable
@@ -235,7 +236,8 @@ struct State : Statistics {
   double peak;         // config.peak of the last step; 0 before the first
   double estimate;     // lr / peak that the first gradient suggests; 0: none. Before the
                        // first step: that lr for a loss of 1
-  double warmup_start; // the step that followed the search; 0: there was none
+  double warmup_start; // the step that followed the search; 0: there was none; below 0: less by the
+                       // steps that it might have taken, and did not
 };
 constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 38;
 static_assert(sizeof(State) == kStateFields * sizeof(double),

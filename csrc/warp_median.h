@@ -19,7 +19,7 @@ __device__ inline unsigned lanes_below(double own, const double* values) {
 
 /// Which lower lanes' values are equal to this lane's. They come first, so that no two lanes have
 /// the same rank.
-__device__ ADAPTLR_RARE unsigned lanes_tied(double own, const double* values, unsigned lane) {
+__device__ inline unsigned lanes_tied(double own, const double* values, unsigned lane) {
   unsigned equal = 0;
 #pragma unroll 1
   for (unsigned j = 0; j < lane && j < kDifferences; ++j)

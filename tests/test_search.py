@@ -113,6 +113,22 @@ def test_without_a_ramp_the_first_gradient_decides_alone(settings, estimate, fac
     assert not np.any(actual[0]["phase"] == Phase.SEARCH)
 
 
+@pytest.mark.parametrize(
+    ("model", "estimate", "kinds"),
+    [
+        (TOO_HIGH, told(0.003), ()),
+        (TOO_HIGH, NONE, AGAIN),  # nothing was told
+        (Model("negative", critical=0.01, shift=lambda _: -3.0), told(0.003), ("RUN>SEARCH",)),
+    ],
+)
+def test_an_estimate_that_suffices_takes_no_ramp(model, estimate, kinds):
+    scenario = Scenario(model, kinds, {**SEARCH, "estimate_suffices": 1})
+    config, signals, actual = run_loop(scenario, STEPS, estimate)
+    assert_same(actual, run_reference(config, signals, 1, estimate), loss_unit=1.0)
+    assert [move for move in moves_of(actual[0]) if "SEARCH" in move][: len(kinds)] == list(kinds)
+    assert bool(kinds) == np.any(actual[0]["phase"] == Phase.SEARCH)
+
+
 def test_a_typed_rate_far_above_the_estimate_restarts_there():
     model = Model("above", critical=0.001, harm=1.0)
     scenario = Scenario(model, ("RUN>REWARM:LOST|ABOVE",))
@@ -203,11 +219,11 @@ def controlled(kind: str, typed: float, **arguments: object) -> tuple[Task, adap
     return task, adaptlr.AdaptiveLR(task.optimizer, **{"total_steps": 300, **arguments})
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_every_start_ends_at_the_same_peak(kind):
+@pytest.mark.parametrize(("kind", "steps"), [("AdamW", 300), ("SGD", 500)])
+def test_every_start_ends_at_the_same_peak(kind, steps):
     peaks = []
     for lr in (1e-7, 10.0):
-        task, controller = controlled(kind, lr, lr="auto")
+        task, controller = controlled(kind, lr, lr="auto", total_steps=steps)
         before = [p.clone() for p in task.model.parameters()]
         kinds = []
         while "found" not in kinds:
@@ -215,11 +231,53 @@ def test_every_start_ends_at_the_same_peak(kind):
             kinds = [event.kind for event in controller.events()]
         assert kinds == ["search", "found"]
         assert all(map(torch.equal, task.model.parameters(), before))
-        losses = task.train(controller, 300 - controller.status().step)
+        losses = task.train(controller, steps - controller.status().step)
         assert np.mean(losses[-20:]) < 0.6
         peaks.append(controller.history()["lr"][60:].max())
         assert controller.history()["lr"][-1] == 0.0
     assert peaks[0] == pytest.approx(peaks[1], rel=1e-6)
+
+
+def test_a_short_run_of_sgd_takes_the_first_gradients_word():
+    runs = []
+    for lr in (1e-7, 10.0):
+        task, controller = controlled("SGD", lr, lr="auto")
+        losses = task.train(controller, 300)
+        assert [event.kind for event in controller.events()] == ["found"]
+        assert "there was no room for a ramp" in controller.events()[0].reason
+        assert np.mean(losses[-20:]) < 0.6
+        lrs = controller.history()["lr"]
+        # 30 steps of warm-up, the 50 that a search might have taken at the peak, then the decay.
+        np.testing.assert_allclose(lrs[:30] / lrs[30], np.arange(1, 31) / 30, rtol=1e-6)
+        assert (lrs[29:80] == lrs[30]).all()
+        assert lrs[80] < lrs[79]
+        assert lrs[-1] == 0.0
+        runs.append(lrs)
+    np.testing.assert_allclose(*runs, rtol=1e-6)
+
+
+def test_a_short_run_of_sgd_is_searched_where_its_first_gradient_tells_nothing():
+    task, controller = controlled("SGD", 1e-5, lr="auto")
+    for scale in (math.inf, 1.0):
+        loss = task.loss()
+        task.optimizer.zero_grad()
+        (loss * scale).backward()
+        controller.step(loss)
+    assert controller.status().phase is adaptlr.Phase.SEARCH
+    task.train(controller, 60)
+    assert controller.events()[-1].kind == "found"
+
+
+@pytest.mark.parametrize("steps", [20, 60, 120])
+def test_a_run_whose_search_took_no_step_resumes_as_if_it_had_never_stopped(steps):
+    task, controller = controlled("SGD", 1e-5, lr="auto")
+    task.train(controller, steps)
+    again_task, again = controlled("SGD", 3.0, lr="auto")
+    again_task.model.load_state_dict(task.model.state_dict())
+    again_task.optimizer.load_state_dict(copy.deepcopy(task.optimizer.state_dict()))
+    again_task.random.set_state(task.random.get_state())
+    assert again_task.train(again, 30) == task.train(controller, 30)
+    assert again.lr == controller.lr
 
 
 def test_the_event_of_a_search_tells_what_was_seen():
