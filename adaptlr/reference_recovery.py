@@ -41,6 +41,7 @@ PAUSE_SAMPLES = 24  # of the soft charts after a trial or a test
 RAMP_ERRORS = 2.5  # above its lowest level: the best of a ramp lies behind
 SURE_ERRORS = 4.0  # of progress that is more than the luckiest of many levels
 SETTLED_SAMPLES = 12  # that a level and its noise need to be sure of
+UNHEARD_OF = 5.0  # times the estimate: no best rate was so far above
 NEVER = 1e18  # above every level
 NOTHING = Slot.NO_SLOT
 
@@ -324,17 +325,17 @@ def test_again(state: State) -> Orders:
     return orders
 
 
-def gets_lower(progress: Progress, run: Progress, errors: float) -> bool:
-    """Say whether a ramp has got lower than a run ever did, by so many standard errors."""
-    error = level_error(pooled_noise(progress, run.lowest_noise))
-    lower = progress.lowest_level < run.lowest_level - errors * error
+def gets_lower(progress: Progress, other: Progress, errors: float) -> bool:
+    """Say whether one has got lower than the other ever did, by so many standard errors."""
+    error = level_error(pooled_noise(progress, other.lowest_noise))
+    lower = progress.lowest_level < other.lowest_level - errors * error
     return lower and has_learned(progress)
 
 
 def end_test(config: Config, state: State, archive: Archive) -> Orders:
     """Settle if the ramp got lower than the run ever did, or clearly lower than where it stands.
 
-    If not, the first gradient has the casting vote.
+    Without a winner the first gradient has the casting vote.
     """
     progress = coarse_progress(config, state)
     before = coarse_progress(config, archive[state.aside_slot])
@@ -345,7 +346,9 @@ def end_test(config: Config, state: State, archive: Archive) -> Orders:
     better = settled and highest < lowest_likely(before, factor, TEST_ERRORS)
     if better or gets_lower(progress, before, TEST_ERRORS):
         return restart_below(config, progress.lowest_log_lr, state)
-    if state.estimate and not is_vouched(state):
+    unheard_of = state.cut_factor > UNHEARD_OF * state.estimate
+    proven = is_vouched(state) or gets_lower(before, progress, WORSE_ERRORS)
+    if state.estimate and (unheard_of or not proven):
         return restart_as_told(config, agreed(state.cut_factor, state), state)
     orders = return_to_aside(state, archive)
     state.restarts -= 1  # nothing had failed

@@ -86,17 +86,18 @@ lowest_likely(const Progress& p, double variance_factor, double errors) {
   return p.fast_level - errors * p.noise * square_root(variance_factor * variance);
 }
 
-/// Whether a ramp has got lower than a run ever did, by so many standard errors.
-ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool gets_lower(const Progress& p, const Progress& run,
+/// Whether one has got lower than the other ever did, by so many standard errors.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline bool gets_lower(const Progress& p, const Progress& other,
                                                         double errors) {
-  const double noise = pooled_noise(p, run.lowest_noise);
-  return has_learned(p) && p.lowest_level < run.lowest_level - errors * level_error(noise);
+  const double noise = pooled_noise(p, other.lowest_noise);
+  return has_learned(p) && p.lowest_level < other.lowest_level - errors * level_error(noise);
 }
 
 /// The end of a test, at the lr in use or at an alarm. It has won if it got lower than the run ever
 /// did, or clearly lower than where the run stands. Noise is as correlated on one side as on the
-/// other; where it seems more so, that is the loss wandering. A test that tells nothing leaves two
-/// witnesses against the lr where the first gradient does not vouch for it: the soft alarm is one.
+/// other; where it seems more so, that is the loss wandering. Without a winner the first gradient
+/// has the casting vote: it is the second to speak against the lr, after the soft alarm. A run that
+/// has got clearly lower than the ramp is heard too, unless its lr is unheard of.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_test(const Config& config, const Archive& archive,
                                                       State& state, Decision& decision) {
   const Progress& p = coarse_progress(config, state);
@@ -108,7 +109,9 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void end_test(const Config& config, cons
       highest_likely(p, noise, kTestErrors) < lowest_likely(before, factor, kTestErrors);
   if (gets_lower(p, before, kTestErrors) || better)
     return restart_below(config, p.lowest_log_lr, state, decision);
-  if (state.estimate > 0.0 && !is_vouched(state))
+  const bool unheard_of = state.cut_factor > kUnheardOf * state.estimate;
+  const bool proven = is_vouched(state) || gets_lower(before, p, kWorseErrors);
+  if (state.estimate > 0.0 && (unheard_of || !proven))
     return restart_as_told(config, agreed_lr(state.cut_factor, state), state, decision);
   const double level =
       p.lowest_evidence > kSureErrors ? highest_likely(p, noise, kWorseErrors) : kNever;

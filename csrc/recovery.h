@@ -20,6 +20,7 @@ constexpr double kLeastSchedule = 0.2; // a restart makes up for this much of th
 constexpr double kLeastFactor = 1e-8;
 constexpr double kFarAbove = 10.0;       // the one-gradient estimate
 constexpr double kVouched = 3.0;         // times that: no cause to doubt an lr that has learned
+constexpr double kUnheardOf = 5.0;       // times that: no best rate was so far above
 constexpr double kSeenErrors = 2.0;      // progress that is there
 constexpr double kSureErrors = 4.0;      // even for the lowest of many levels
 constexpr double kSettledSamples = 12.0; // that a level and its noise need to be sure of

@@ -850,6 +850,32 @@ def test_a_loss_that_wanders_does_not_excuse_the_run_in_a_test(factors):
     assert (orders.restore, state.phase) == (Slot.START, Phase.REWARM)
 
 
+@pytest.mark.parametrize(
+    ("times_estimate", "lowest", "phase"),
+    [
+        (2.9, 1.8, Phase.RUN),  # the first gradient vouches for the LR
+        (3.1, 1.8, Phase.REWARM),
+        (4.9, 1.8, Phase.REWARM),
+        (4.9, 1.0, Phase.RUN),  # the run has proven itself
+        (5.1, 1.0, Phase.REWARM),  # but not for an LR like this
+        (0.0, 1.8, Phase.RUN),  # nothing was told
+    ],
+)
+def test_without_a_winner_the_first_gradient_has_the_casting_vote(times_estimate, lowest, phase):
+    ramp = {"lowest_level": 1.8, "lowest_age": 10, "variance_factor": 1.0}
+    run = {"lowest_level": lowest, "fast_level": 1.8, "variance_factor": 1.0}
+    state, archive = a_test_under_way(ramp, run)
+    aside = archive[Slot.FIRST].fine
+    aside.lowest_evidence, aside.lowest_noise = 9.0, 0.1
+    state.estimate = archive[Slot.FIRST].estimate = 1 / times_estimate if times_estimate else 0.0
+    orders = reference_recovery.end_test(WITH_SNAPSHOTS, state, archive)
+    assert state.phase == phase
+    assert orders.flags == (Flag.FAR_LR if phase == Phase.REWARM else Flag(0))
+    if phase == Phase.REWARM:
+        wanted = math.sqrt(state.estimate) / reference_recovery.schedule_left(WITH_SNAPSHOTS, state)
+        assert state.cut_factor == pytest.approx(min(0.5, wanted), rel=1e-12)
+
+
 def test_an_alarm_in_a_test_does_not_cost_a_run_that_is_better():
     ramp = {"lowest_level": 1.8, "lowest_log_lr": -9.0, "variance_factor": 1.0}
     run = {"lowest_level": 1.0, "fast_level": 1.1, "variance_factor": 1.0}
