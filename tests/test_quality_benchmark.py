@@ -158,7 +158,7 @@ def test_optimizers_without_a_sweep_are_judged_by_one_beside_them(pictures):
 
 @pytest.fixture(scope="module")
 def searched(pictures):
-    run = Run("digits", "sgd", "auto", None, 1e-5, seed=0, steps=200)  # the fewest with a ramp
+    run = Run("digits", "adamw", "auto", None, 1e-5, seed=0, steps=200)  # the fewest with a ramp
     with quiet():
         return train(run, pictures, CPU, graphs=False)
 
@@ -194,7 +194,7 @@ def test_the_judge_reads_scores_off_the_sweep_and_shifts_by_the_other_tasks(sear
         "gpt": ["-3.00"] * 3 + ["0.250"] * 3 + [done, "0.625"],
     }
     for task, figures in expected.items():
-        assert cells[f"| {task}", "sgd"] == figures
+        assert cells[f"| {task}", "adamw"] == figures
     assert "1 searches without a ramp" in " ".join(lines)
 
 
