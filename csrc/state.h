@@ -236,8 +236,8 @@ struct State : Statistics {
   double peak;         // config.peak of the last step; 0 before the first
   double estimate;     // lr / peak that the first gradient suggests; 0: none. Before the
                        // first step: that lr for a loss of 1
-  double warmup_start; // the step that followed the search; 0: there was none; below 0: less by the
-                       // steps that it might have taken, and did not
+  double warmup_start; // the step that followed the search; 0: there was none; -n: it took none of
+                       // its n steps
 };
 constexpr int kStateFields = 28 + 2 * (kProgressFields + kDifferences) + 38;
 static_assert(sizeof(State) == kStateFields * sizeof(double),
