@@ -128,12 +128,12 @@ def _level(row: Row) -> str:
 def _seen(row: Row) -> str:
     """Say what the charts saw, or that no chart did."""
     flags, level = Flag(int(row["flags"])), _level(row)
-    errors, cusum = f", {float(row['rise']):.1f} standard errors", f", cusum {row['cusum']:.1f}"
-    if flags & Flag.FAR_LR:  # the record tells of rates in their place
-        errors = cusum = ""
-    above = f"{errors} above its " if errors else ""
+    errors = cusum = lowest = best = ""
+    if not flags & Flag.FAR_LR:  # whose record tells of rates in their place
+        errors, cusum = f", {row['rise']:.1f} standard errors", f", cusum {row['cusum']:.1f}"
+        lowest, best = f"{errors} above its lowest", f"{errors} above its best"
     if flags & Flag.LOST:
-        return f"the progress made is lost ({level}{above and above + 'lowest'})"
+        return f"the progress made is lost ({level}{lowest})"
     if flags & Flag.ABOVE:
         return f"the loss has risen above the first one ({level}{errors})"
     if flags & Flag.DIVERGE:
@@ -141,11 +141,11 @@ def _seen(row: Row) -> str:
     if flags & Flag.WORSE:
         return f"the loss is above where the run began ({level})"
     if flags & Flag.DRIFT:
-        return f"the loss drifts upwards ({level}{above and above + 'best'})"
+        return f"the loss drifts upwards ({level}{best})"
     if flags & Flag.NO_PROGRESS:
         return f"the loss is where it began ({level})"
     if flags & Flag.STALL:
-        return f"the loss has stopped falling{above and above + 'lowest'} ({level})"
+        return f"the loss has stopped falling{lowest} ({level})"
     if flags & Flag.NONFINITE:
         return f"{_nonfinite(row)} once more"
     return ""

@@ -206,7 +206,8 @@ def restart(config: Config, lr: float, state: State) -> Orders:
 
 
 def restart_as_told(config: Config, lr: float, state: State) -> Orders:
-    """Restart on account of the first gradient."""
+    """Restart on account of the first gradient; no earlier ramp has a part in its record."""
+    state.ramp_log_lr = 0.0
     return restart(config, lr, state)._replace(flags=Flag.FAR_LR)
 
 

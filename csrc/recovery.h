@@ -212,10 +212,11 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void restart(const Config& config, doubl
   return_to_start(Phase::kRewarm, state, decision);
 }
 
-/// On account of the first gradient.
+/// On account of the first gradient. What an earlier ramp had reached is no part of that record.
 ADAPTLR_HOST_DEVICE inline void restart_as_told(const Config& config, double lr, State& state,
                                                 Decision& decision) {
   decision.flags |= kFarLr;
+  state.ramp_log_lr = 0.0;
   restart(config, lr, state, decision);
 }
 

@@ -867,6 +867,7 @@ def test_without_a_winner_the_first_gradient_has_the_casting_vote(times_estimate
     state, archive = a_test_under_way(ramp, run)
     aside = archive[Slot.FIRST].fine
     aside.lowest_evidence, aside.lowest_noise = 9.0, 0.1
+    state.ramp_log_lr = -7.0  # of an earlier ramp
     state.estimate = archive[Slot.FIRST].estimate = 1 / times_estimate if times_estimate else 0.0
     orders = reference_recovery.end_test(WITH_SNAPSHOTS, state, archive)
     assert state.phase == phase
@@ -874,6 +875,7 @@ def test_without_a_winner_the_first_gradient_has_the_casting_vote(times_estimate
     if phase == Phase.REWARM:
         wanted = math.sqrt(state.estimate) / reference_recovery.schedule_left(WITH_SNAPSHOTS, state)
         assert state.cut_factor == pytest.approx(min(0.5, wanted), rel=1e-12)
+        assert state.ramp_log_lr == 0
 
 
 def test_an_alarm_in_a_test_does_not_cost_a_run_that_is_better():
