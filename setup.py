@@ -144,6 +144,10 @@ def extension() -> Pybind11Extension:
     )
 
 
-if __name__ == "__main__":
+def build() -> None:
     ParallelCompile(default=0).install()  # as many jobs as there are cores
     setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+
+
+if __name__ == "__main__":
+    build()

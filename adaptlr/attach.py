@@ -10,14 +10,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from adaptlr.config import Decay, Guard, ResolvedConfig, Search, require
 from adaptlr.host_path import HostPath
-from adaptlr.one_gradient import UpdateFamily, update_family
+from adaptlr.one_gradient import update_family
 
 if TYPE_CHECKING:
     from adaptlr.attachment import Path
 
 logger = logging.getLogger("adaptlr")
 
-SGD_RAMP_FROM = 500  # steps of a run: a ramp takes a tenth of them, and more of shorter ones
+RAMP_PAYS_FROM = 500  # steps of a run: a ramp takes a tenth of them, and more of shorter ones
 DEVICE_PATHS = ("auto", "fused", "capturable", "float")
 
 
@@ -109,12 +109,12 @@ def estimate_suffices(
 ) -> bool:
     """Whether what the first gradient tells is worth more than a ramp and the steps for it.
 
-    That is so of SGD in short runs: its loss trails the rate of a fast ramp by its momentum. See
-    docs/choosing_lr.md.
+    That is so in short runs of optimizers that mislead a ramp. See docs/choosing_lr.md.
     """
-    is_short = total_steps is not None and total_steps < SGD_RAMP_FROM
+    is_short = total_steps is not None and total_steps < RAMP_PAYS_FROM
     by_default = search is not None and search.steps is None
-    return is_short and by_default and update_family(optimizer) is UpdateFamily.SGD
+    family = update_family(optimizer)
+    return is_short and by_default and family is not None and family.misleads_ramps
 
 
 def refuse_raise(lr: float | str | None, guard: Guard | None, snapshot: str) -> None:

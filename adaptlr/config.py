@@ -108,8 +108,8 @@ class Search:
     Args:
         steps: Steps that it may take at most, 0 or at least 30; ``None``: a tenth of the run, at
             least 50 and at most 100; a fifth of runs of 200 to 250 steps, and none of shorter ones,
-            nor of runs of SGD below 500 steps whose first gradient tells a rate. With 0 the first
-            gradient alone decides.
+            nor of runs of SGD, RMSprop or Adagrad below 500 steps whose first gradient tells a
+            rate. With 0 the first gradient alone decides.
 
     Raises:
         ValueError: if a value is out of its range.

@@ -14,6 +14,7 @@ from adaptlr.telemetry import Action, Flag, Phase, Slot, action_of, restore_orde
 Row: TypeAlias = npt.NDArray[Any]
 
 ALARMS = Flag.DIVERGE | Flag.DRIFT | Flag.WORSE | Flag.LOST | Flag.ABOVE
+RAMP_DIVISOR = 3.0  # from the rate of the lowest level on a ramp to the one that it suggests
 
 
 @dataclass(frozen=True)
@@ -286,11 +287,13 @@ def _found(row: Row, _: float) -> str:
     ramp = f"on the ramp the loss was lowest, {float(row['level']):.4g}, at lr {lowest:.2g}"
     if not suggested:
         return f"{ramp}; {_restored(row)}, peak set to {peak:.3g}"
-    # The peak is the geometric mean of the two.
-    apart = max(peak / suggested, suggested / peak) ** 2
+    shown = lowest / RAMP_DIVISOR
+    apart = f"a factor of {max(shown / suggested, suggested / shown):.1f} apart"
+    if not math.isclose(peak, math.sqrt(shown * suggested), rel_tol=0.01):
+        apart += ", which is more than is believed"
     return (
-        f"{ramp}, which suggests {peak**2 / suggested:.2g}; {gradient}, a factor of {apart:.1f} "
-        f"apart; {_restored(row)}, peak set to {peak:.3g}"
+        f"{ramp}, which suggests {shown:.2g}; {gradient}, {apart}; {_restored(row)}, peak set to "
+        f"{peak:.3g}"
     )
 
 

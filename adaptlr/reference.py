@@ -161,7 +161,7 @@ def record_after_guard(
     )
 
 
-def is_event(config: Config, flags: Flag, previous_phase: Phase, state: State) -> bool:
+def is_event(config: Config, flags: int, previous_phase: Phase, state: State) -> bool:
     """Say whether the step belongs among the events: something was done, or would have been."""
     if flags & Flag.ENDED and state.step == config.total_steps:
         return True
@@ -178,7 +178,7 @@ def is_event(config: Config, flags: Flag, previous_phase: Phase, state: State) -
 
 def measure(config: Config, signals: Signals, state: State) -> tuple[Measurement, Reading]:
     """Collect the flags of the signals and the charts; a failed run is measured no more."""
-    flags = Flag.OVERWRITTEN if signals.overwritten else Flag(0)
+    flags = Flag.OVERWRITTEN if signals.overwritten else 0
     if 0 < config.total_steps <= state.step:
         flags |= Flag.ENDED
     if state.phase == Phase.FAILED:
@@ -198,7 +198,7 @@ def measure(config: Config, signals: Signals, state: State) -> tuple[Measurement
         reading = watch_progress(config, signals.loss, log_lr_behind(config, state), state)
     if reading.outlier and state.samples > START_UP:
         state.outlier_run = outliers + 1
-        flags |= Flag.DIVERGE if state.outlier_run >= OUTLIER_RUN else Flag(0)
+        flags |= Flag.DIVERGE if state.outlier_run >= OUTLIER_RUN else 0
     return measurement._replace(flags=flags | reading.flags), reading
 
 

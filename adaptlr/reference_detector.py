@@ -33,7 +33,7 @@ LEAST_NORM_SCALE = 0.01  # of the log; bfloat16 resolves 0.8 %
 class Measurement(NamedTuple):
     """What the detector says of one loss."""
 
-    flags: Flag
+    flags: int
     scale: float
     score: float
 
@@ -75,7 +75,7 @@ def start_up(loss: float, state: State) -> Measurement:
         # Of the orders of n + k losses alike, (n + k over k), one has these k at its end.
         losses = state.samples + state.outlier_run
         sure = math.comb(int(losses), int(state.outlier_run)) >= ORDERS
-        flags = Flag.DIVERGE | Flag.WORSE if sure else Flag(0)
+        flags = Flag.DIVERGE | Flag.WORSE if sure else 0
         return Measurement(flags, math.sqrt(state.variance), 0.0)
     state.max_loss = max(state.max_loss, loss) if state.samples else loss
     state.min_loss = min(state.min_loss, loss) if state.samples else loss
@@ -92,7 +92,7 @@ def start_up(loss: float, state: State) -> Measurement:
         state.best_level = state.start_level = state.level
         state.best_samples = state.samples
     state.spike_threshold = OUTLIER
-    return Measurement(Flag(0), math.sqrt(state.variance), 0.0)
+    return Measurement(0, math.sqrt(state.variance), 0.0)
 
 
 def smallest_scale(state: State) -> float:
@@ -152,11 +152,11 @@ def update_t_statistic(state: State) -> None:
 # Charts.
 
 
-def spike_chart(state: State) -> Flag:
+def spike_chart(state: State) -> int:
     """Flag a score above a threshold that allows one in 1000 steps (SPIKE)."""
     is_spike = state.score > state.spike_threshold
     state.spike_threshold = calibrated(state.spike_threshold, is_spike)
-    return Flag.SPIKE if is_spike else Flag(0)
+    return Flag.SPIKE if is_spike else 0
 
 
 def calibrated(threshold: float, is_spike: bool) -> float:
@@ -166,14 +166,14 @@ def calibrated(threshold: float, is_spike: bool) -> float:
     return max(OUTLIER, threshold * (1 - 0.5 * SPIKE_SHARE))
 
 
-def divergence_chart(score: float, state: State) -> Flag:
+def divergence_chart(score: float, state: State) -> int:
     """Sum clipped scores as Page (1954) does (DIVERGE)."""
     increment = score / math.sqrt(BETA * long_run_factor(state)) - 0.5
     state.cusum = max(0.0, state.cusum + increment)
-    return Flag.DIVERGE if state.cusum > 16 else Flag(0)
+    return Flag.DIVERGE if state.cusum > 16 else 0
 
 
-def level_charts(scale: float, gain: float, state: State) -> Flag:
+def level_charts(scale: float, gain: float, state: State) -> int:
     """Compare the level with its best (DRIFT) and with that of the start (WORSE)."""
     effective = min(state.samples, 2 / gain - 1)
     if state.level < state.best_level:
@@ -185,7 +185,7 @@ def level_charts(scale: float, gain: float, state: State) -> Flag:
     start_error = scale * math.sqrt(long_run_factor(state) * (1 / effective + 1 / START_UP))
     start_rise = state.level - max(state.start_level, state.best_level)
     progress = max(state.start_level - state.best_level, 0.0)
-    flags = Flag(0)
+    flags = 0
     if state.samples > 32:
         rises = state.rise > LEVEL_LIMIT and state.t_statistic > RISING
         if rises and state.level - state.best_level > 0.1 * progress:
@@ -210,7 +210,7 @@ def rebase(loss: float, accept: bool, state: State) -> None:
 # Gradient norm.
 
 
-def detect_norm(norm: float, state: State) -> Flag:
+def detect_norm(norm: float, state: State) -> int:
     """Let the log of a finite norm enter its own statistics; flag one far above its level."""
     log_norm = float(np.log(max(norm, LEAST_NORM)))
     state.norm_samples = min(state.norm_samples + 1, 1e6)
@@ -219,7 +219,7 @@ def detect_norm(norm: float, state: State) -> Flag:
     if state.norm_samples <= START_UP:
         state.norm_level += gain * residual
         state.norm_variance = (1 - gain) * (state.norm_variance + gain * residual**2)
-        return Flag(0)
+        return 0
     scale = max(math.sqrt(state.norm_variance), LEAST_NORM_SCALE)
     score = residual / scale
     clipped = min(max(score, -CLIP), CLIP)
@@ -227,4 +227,4 @@ def detect_norm(norm: float, state: State) -> Flag:
     state.norm_variance = scale**2 * (1 + gain * (clipped**2 / BETA - 1))
     is_spike = score > state.norm_spike_threshold
     state.norm_spike_threshold = calibrated(state.norm_spike_threshold, is_spike)
-    return Flag.NORM_SPIKE if is_spike else Flag(0)
+    return Flag.NORM_SPIKE if is_spike else 0

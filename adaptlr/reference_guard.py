@@ -74,13 +74,13 @@ FIRST_QUESTION = 16  # steps after a change of the data
 
 
 def guard(
-    config: Config, signals: Signals, flags: Flag, reading: Reading, state: State, archive: Archive
+    config: Config, signals: Signals, flags: int, reading: Reading, state: State, archive: Archive
 ) -> Orders:
     """Answer the flags of this step: move the phase and the factor, give the orders."""
     alarms = audible(config, flags, state)
     track_onset(config, signals, alarms, state)
     acts = config.guard_mode == GuardMode.ACT
-    broken = Flag.OVERFLOW | (Flag.NONFINITE if acts else Flag(0))
+    broken = Flag.OVERFLOW | (Flag.NONFINITE if acts else 0)
     count_skips(config, flags, state)
     if state.consecutive_overflows >= OVERFLOW_LIMIT:
         return fail(state)
@@ -102,7 +102,7 @@ def guard(
     return orders._replace(skip=orders.skip or bool(flags & broken))
 
 
-def audible(config: Config, flags: Flag, state: State) -> Flag:
+def audible(config: Config, flags: int, state: State) -> int:
     """Return the hard alarms that count.
 
     Soon after another alarm those of the slow charts are its echo. On a ramp the collapse charts
@@ -110,23 +110,23 @@ def audible(config: Config, flags: Flag, state: State) -> Flag:
     test has a healthy run to lose. A probe judges by itself.
     """
     if state.phase == Phase.PROBE:
-        return Flag(0)
+        return 0
     if is_ramp(state):
         heard = state.phase == Phase.RESCUE and state.fine.count
-        broken = Flag.NONFINITE if heard else Flag(0)
+        broken = Flag.NONFINITE if heard else 0
         return flags & (COLLAPSE | broken)
     echoes = state.step - state.last_alarm < config.rewarm_steps + config.hold_steps
     return flags & (COLLAPSE | (Flag.DIVERGE if echoes else LONG_ALARMS))
 
 
-def track_onset(config: Config, signals: Signals, alarms: Flag, state: State) -> None:
+def track_onset(config: Config, signals: Signals, alarms: int, state: State) -> None:
     """Note the LR behind the present loss while nothing is wrong: a later alarm blames it."""
     quiet = is_finite(signals.loss) and state.cusum == 0 and state.outlier_run == 0
     if quiet and not alarms and state.phase != Phase.PROBE:
         state.onset_lr = state.lr / config.peak
 
 
-def count_skips(config: Config, flags: Flag, state: State) -> None:
+def count_skips(config: Config, flags: int, state: State) -> None:
     """Count broken steps in a row."""
     broken = config.guard_mode == GuardMode.ACT and flags & (Flag.NONFINITE | Flag.OVERFLOW)
     if not broken:
@@ -146,7 +146,7 @@ def fail(state: State, restore: Slot = NOTHING) -> Orders:
 
 
 def answer_alarm(
-    config: Config, signals: Signals, alarms: Flag, state: State, archive: Archive
+    config: Config, signals: Signals, alarms: int, state: State, archive: Archive
 ) -> Orders:
     """Go back to where the run was sound; without snapshots, cut in place."""
     state.last_alarm = state.step
@@ -173,7 +173,7 @@ def answer_alarm(
     return start_over(config, state)
 
 
-def choose_snapshot(alarms: Flag, state: State, archive: Archive) -> None:
+def choose_snapshot(alarms: int, state: State, archive: Archive) -> None:
     """Take a newer snapshot for the good one if the alarm has begun since it was taken.
 
     One that was put back before and fails again is dropped.
@@ -205,7 +205,7 @@ def is_early(config: Config, state: State) -> bool:
     return worth_it and taken <= EARLY * config.chart_steps
 
 
-def is_ruined(config: Config, alarms: Flag, state: State) -> bool:
+def is_ruined(config: Config, alarms: int, state: State) -> bool:
     """Say whether a collapse in a run without a good snapshot has left little to go on with."""
     if not alarms & COLLAPSE or config.snapshot_slots < 3:
         return False
@@ -217,7 +217,7 @@ def is_ruined(config: Config, alarms: Flag, state: State) -> bool:
     )
 
 
-def answer_in_place(config: Config, signals: Signals, alarms: Flag, state: State) -> Orders:
+def answer_in_place(config: Config, signals: Signals, alarms: int, state: State) -> Orders:
     """Cut and zero the first moment, unless nothing that the LR did can be to blame."""
     to_blame = config.guard_mode == GuardMode.ACT and state.onset_lr > 0
     if to_blame:
@@ -226,7 +226,7 @@ def answer_in_place(config: Config, signals: Signals, alarms: Flag, state: State
     return Orders(skip=True, restore=Slot.ZERO_MOMENT) if to_blame else Orders()
 
 
-def cut(config: Config, alarms: Flag, state: State, held: float = 0.0) -> None:
+def cut(config: Config, alarms: int, state: State, held: float = 0.0) -> None:
     """Cut below the factor that failed, the one at the change point (equation 10).
 
     Args:
@@ -262,7 +262,7 @@ def expect_change(loss: float, accept: bool, state: State) -> None:
 
 
 def go_on(
-    config: Config, signals: Signals, flags: Flag, reading: Reading, state: State, archive: Archive
+    config: Config, signals: Signals, flags: int, reading: Reading, state: State, archive: Archive
 ) -> Orders:
     """Advance the phase; begin an experiment or take a snapshot when it is time."""
     measured = is_finite(signals.loss) and not flags & Flag.NONFINITE
@@ -288,7 +288,7 @@ def go_on(
 
 
 def answer_doubt(
-    config: Config, flags: Flag, reading: Reading, state: State, archive: Archive
+    config: Config, flags: int, reading: Reading, state: State, archive: Archive
 ) -> Orders:
     """Answer a soft alarm: with a raise, the end of one, or an experiment."""
     if may_raise(config, state) and is_far_below(state) and is_slow(state.fine):
@@ -345,7 +345,7 @@ def go_on_from_snapshot(config: Config, signals: Signals, state: State, archive:
     if failed.phase == Phase.SHIFT or (has_held and state.restarts <= 1):
         go_on_as_before(state.step + 1, state)
         return Orders(skip=True)
-    cut(config, Flag(0), state, 0.0 if has_held else good.lr / config.peak)
+    cut(config, 0, state, 0.0 if has_held else good.lr / config.peak)
     expect_change(signals.loss, False, state)
     return Orders(skip=True)
 

@@ -30,7 +30,7 @@ SOFT = Flag.NO_PROGRESS | Flag.STALL
 class Reading(NamedTuple):
     """What the charts found, in standard errors."""
 
-    flags: Flag = Flag(0)
+    flags: int = 0
     fast_rise: float = 0.0  # of the fast level above its lowest
     gain: float = 0.0  # of the fast level below the first loss
     rise: float = 0.0  # the largest of the hard charts
@@ -250,14 +250,14 @@ def late_stretch(progress: Progress) -> float:
     return 1 + 0.2 * max(0.0, math.log2(progress.count / 128))
 
 
-def lost_charts(config: Config, progress: Progress) -> Flag:
+def lost_charts(config: Config, progress: Progress) -> int:
     """Flag a rise of either level above its lowest (LOST)."""
     limit = late_stretch(progress) / config.sensitivity
     fast = progress.count >= 6 and rise(progress) > FAST_LOST * limit
     slow = progress.count >= 24 and slow_rise(progress) > SLOW_LOST * limit
     fast &= costs_a_share(progress.fast_level, progress.lowest_level, progress)
     slow &= costs_a_share(progress.slow_level, progress.lowest_slow_level, progress)
-    return Flag.LOST if fast or slow else Flag(0)
+    return Flag.LOST if fast or slow else 0
 
 
 def costs_a_share(level: float, lowest: float, progress: Progress) -> bool:
@@ -265,10 +265,10 @@ def costs_a_share(level: float, lowest: float, progress: Progress) -> bool:
     return level - lowest > LOST_SHARE * max(progress.first_loss - lowest, 0.0)
 
 
-def above_chart(config: Config, progress: Progress) -> Flag:
+def above_chart(config: Config, progress: Progress) -> int:
     """Flag a level above the first loss (ABOVE)."""
     above = progress.count >= 3 and height(config, progress) > ABOVE * late_stretch(progress)
-    return Flag.ABOVE if above else Flag(0)
+    return Flag.ABOVE if above else 0
 
 
 def height(config: Config, progress: Progress) -> float:
@@ -284,9 +284,9 @@ def is_outlier(sample: float, progress: Progress) -> bool:
     return progress.count >= DIFFERENCES and sample - progress.fast_level > limit
 
 
-def soft_charts(window: Window, progress: Progress) -> Flag:
+def soft_charts(window: Window, progress: Progress) -> int:
     """Flag a level that is where it began (NO_PROGRESS), or that stays above its lowest (STALL)."""
-    flags = Flag(0)
+    flags = 0
     if not window.first <= progress.count <= window.last:
         return flags
     powered = 3 * standard_error(progress) < POWER * abs(progress.first_loss)

@@ -52,7 +52,7 @@ class Orders(NamedTuple):
     skip: bool = False
     save: Slot = NOTHING
     restore: Slot = NOTHING
-    flags: Flag = Flag(0)
+    flags: int = 0
 
 
 def enter(phase: Phase, first_step: float, state: State) -> None:
@@ -395,7 +395,7 @@ def begin_probe(collapsed: bool, state: State, archive: Archive) -> Orders:
 # Soft alarms.
 
 
-def may_experiment(config: Config, flags: Flag, state: State) -> bool:
+def may_experiment(config: Config, flags: int, state: State) -> bool:
     """Say whether a soft alarm is answered at all."""
     able = config.guard_mode == GuardMode.ACT and config.snapshot_slots > 0
     allowed = state.step >= state.soft_step and state.restarts < config.max_restarts
@@ -403,7 +403,7 @@ def may_experiment(config: Config, flags: Flag, state: State) -> bool:
 
 
 def experiment(
-    config: Config, flags: Flag, reading: Reading, state: State, archive: Archive
+    config: Config, flags: int, reading: Reading, state: State, archive: Archive
 ) -> Orders:
     """Answer a soft alarm: with a test where nothing is won yet, else with a trial."""
     if flags & Flag.NO_PROGRESS or reading.gain < 1 or is_far_above(state):

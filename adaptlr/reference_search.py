@@ -25,9 +25,10 @@ SEARCH_DECADES = 3.3  # that the steps of a search are spread over
 COARSE_REACH, COARSE_DECADE_STEPS = 1e4, 4
 COARSE_BACK = 10**1.25
 ALONE = 1.5  # divides an estimate that no ramp confirms
+RAMP_TRUST = 5.0  # times the estimate: no ramp is believed above that
 
 
-def begin_run(config: Config, signals: Signals, state: State) -> Flag:
+def begin_run(config: Config, signals: Signals, state: State) -> int:
     """Make a rate of what the first gradient told; judge the typed LR by it, or search for one."""
     loss, told, state.estimate = signals.loss, state.estimate, 0.0
     typed = config.search_steps < 0
@@ -36,13 +37,13 @@ def begin_run(config: Config, signals: Signals, state: State) -> Flag:
         state.estimate = told * abs(loss) / config.peak
     if typed:
         far = state.estimate and not 1 / 60 <= state.estimate <= 60
-        return Flag.FAR_LR if far else Flag(0)
+        return Flag.FAR_LR if far else 0
     suffices = config.estimate_suffices and state.estimate and loss > 0
     if config.search_steps and config.snapshot_slots and not suffices:
         start = state.estimate / SEARCH_REACH or 1 / COARSE_REACH
         begin_baseline(start, state)
         enter(Phase.SEARCH, state.step, state)
-        return Flag(0)
+        return 0
     state.cut_factor = state.ceiling = state.estimate / ALONE or 1.0
     state.warmup_start = -config.search_steps
     return Flag.FOUND
@@ -55,7 +56,7 @@ def begin_baseline(start: float, state: State) -> None:
 
 
 def advance_search(
-    config: Config, signals: Signals, flags: Flag, reading: Reading, state: State
+    config: Config, signals: Signals, flags: int, reading: Reading, state: State
 ) -> Orders:
     """Take one step of a search."""
     broken = bool(flags & Flag.NONFINITE)
@@ -149,9 +150,14 @@ def end_search(config: Config, lost: bool, state: State) -> Orders:
 
 
 def found_lr(config: Config, progress: Progress, learned: bool, lost: bool, state: State) -> float:
-    """Return the mean of what ramp and gradient say, or what one of them says, or the typed LR."""
+    """Return the mean of what ramp and gradient say, or what one of them says, or the typed LR.
+
+    What a ramp says counts up to ``RAMP_TRUST`` estimates.
+    """
     if learned:
         ramp = relative(config, progress.lowest_log_lr) / RAMP_DIVISOR
+        if state.estimate:
+            ramp = min(ramp, RAMP_TRUST * state.estimate)
         return agreed(ramp, state)
     lr = state.estimate / ALONE or 1.0
     if lost and stage_of(state) == "rise":

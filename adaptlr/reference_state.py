@@ -41,8 +41,8 @@ class Action(enum.IntEnum):
     NONE, SKIP = range(2)
 
 
-class Flag(enum.IntFlag):
-    """What a step has shown."""
+class Flag:
+    """What a step has shown, a bit each: ints, since sums of an ``IntFlag`` are slow."""
 
     NONFINITE, SPIKE, DIVERGE, DRIFT, WORSE, OVERFLOW, OVERWRITTEN, ENDED, NORM_SPIKE = (
         1 << i for i in range(9)
@@ -238,7 +238,7 @@ class Decision(NamedTuple):
 
     multiplier: float
     action: Action
-    flags: Flag
+    flags: int
     save: Slot
     restore: Slot
     event: bool
@@ -262,5 +262,5 @@ class Record(NamedTuple):
     target_factor: float
     phase: Phase
     previous_phase: Phase
-    flags: Flag
+    flags: int
     action: int  # an Action, and the slots to save and restore 4 and 8 bits further up

@@ -25,6 +25,7 @@ constexpr double kCoarseShare = 0.6;               // of the steps of a search
 constexpr double kCoarseBack = 17.782794100389228; // 1.25 decades: what it is late by, and more
 constexpr double kCoarseGrowth = 1.5;              // a step; between those of both ramps
 constexpr double kEstimateDivisor = 1.5;           // of an estimate that no ramp confirms
+constexpr double kRampTrust = 5.0;                 // above the estimate, in times of it
 constexpr double kNearZero = 3.0;                  // noises: a loss below is no scale
 constexpr double kNoisePerLoss = 30.0;             // what stands for it
 
@@ -113,15 +114,16 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_rise(const Config& config, St
 }
 
 /// The peak that a search has found: the geometric mean of what the ramp and the gradient say,
-/// whose errors have nothing in common; or that of the two which there is; or the typed one.
-/// `lost`: the last rate was too high.
+/// whose errors have nothing in common; or that of the two which there is; or the typed one. A few
+/// steps may be lowest at a rate that many steps would not bear, so a ramp is not believed far
+/// above the estimate. `lost`: the last rate was too high.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double found_lr(const Config& config, const Progress& p,
                                                         bool lost, const State& state) {
   const double estimate = state.estimate;
   const bool rose = !is_baseline(state) && !is_coarse(state);
   if (rose && has_learned(p)) {
     const double ramp = divide(relative_lr(config, p.lowest_log_lr), kRampDivisor);
-    return agreed_lr(ramp, state);
+    return agreed_lr(estimate > 0.0 ? smaller(ramp, kRampTrust * estimate) : ramp, state);
   }
   const double lr = estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0;
   return rose && lost ? smaller(lr, divide(relative_lr(config, p.log_lr), kWarmupDivisor)) : lr;

@@ -10,7 +10,7 @@ import torch
 
 from adaptlr.one_gradient import UpdateFamily, estimate, gradient_sum, update_family
 
-ADAM, SIGN, ADAGRAD, SGD = UpdateFamily
+ADAM, RMSPROP, SIGN, ADAGRAD, SGD = UpdateFamily
 MOMENTUM = {ADAM: 0.0, SGD: 0.9}  # with which a gradient counts once
 
 
@@ -183,7 +183,7 @@ class MyAdam(torch.optim.AdamW):
     [
         (torch.optim.AdamW, ADAM),
         (torch.optim.NAdam, ADAM),
-        (torch.optim.RMSprop, ADAM),
+        (torch.optim.RMSprop, RMSPROP),
         (torch.optim.SparseAdam, ADAM),
         (MyAdam, ADAM),
         (torch.optim.SGD, SGD),

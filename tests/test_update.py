@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import numpy as np
@@ -12,7 +11,7 @@ from closed_loop import PEAK, SCENARIOS, STEPS, Scenario, Told, drive
 from traces import TRACES, Trace
 
 from adaptlr import _extension as extension
-from adaptlr import reference
+from adaptlr import reference, telemetry
 from adaptlr.config import Guard, ResolvedConfig
 from adaptlr.events import make_events
 from adaptlr.reference import (
@@ -90,17 +89,17 @@ def config_of(trace: Trace, index: int) -> Config:
     return reference.default_config(trace.total_steps, PEAK, **settings)
 
 
-# Every trace with the defaults, and each with one more setting.
+# Every trace with the defaults has a test of its own; here each has one more setting.
 CASES = [
     pytest.param(trace, config_of(trace, index), id=f"{trace.name}-{index % len(SETTINGS)}")
     for i, trace in enumerate(TRACES)
-    for index in (0, 1 + i % (len(SETTINGS) - 1))
+    for index in [1 + i % (len(SETTINGS) - 1)]
 ]
-# The traces with alarms and those with every kind of broken step, with all settings.
+# A trace with alarms and one with broken steps, with all settings.
 CASES += [
     pytest.param(trace, config_of(trace, index), id=f"{trace.name}-{index}-all")
     for trace in TRACES
-    if trace.name in ("blow_up", "overflow", "norm_spike")
+    if trace.name in ("blow_up", "overflow")
     for index in range(1, len(SETTINGS) if trace.name == "blow_up" else 9)
 ]
 
@@ -141,7 +140,7 @@ def run_reference(
     for i, step_signals in enumerate(signals):
         records.append(reference.control_step(config, step_signals, state, archive)[1])
         if i % every == every - 1:
-            states.append(flattened(copy.deepcopy(state)))
+            states.append({name: np.array(value) for name, value in flattened(state).items()})
     fields = {name: np.array([fields[name] for fields in states]) for name in STATE_FIELDS}
     return np.array(records, dtype=reference.RECORD_DTYPE), fields
 
@@ -187,6 +186,55 @@ def assert_close(
 def test_every_field_matches_reference(trace: Trace, config: Config) -> None:
     signals = signals_of(trace)
     assert_same(run_extension(config, signals), run_reference(config, signals), trace.loss_unit)
+
+
+SOFT = Flag.NO_PROGRESS | Flag.STALL
+PROMISED = {
+    "healthy": 0,
+    "plateau": 0,
+    "spike": Flag.SPIKE,
+    "burst": Flag.SPIKE,
+    "nan_burst": Flag.NONFINITE,
+    "nan_end": Flag.NONFINITE,
+    "blow_up": Flag.SPIKE | Flag.DIVERGE | Flag.WORSE | Flag.ABOVE,
+    "late_blow_up": Flag.SPIKE | Flag.DIVERGE | Flag.ABOVE,
+    "start_up_blow_up": Flag.DIVERGE | Flag.WORSE | Flag.LOST | Flag.ABOVE,
+    "drift": Flag.DRIFT | Flag.LOST,
+    "worse": Flag.DIVERGE | Flag.LOST,
+    "negative": 0,
+    "near_zero": Flag.SPIKE,
+    "ar_noise": 0,
+    "constant": 0,  # of a norm that moves by a step of bfloat16, too
+    "bfloat16": 0,
+    "jump_down": 0,
+    "overflow": Flag.NONFINITE | Flag.OVERFLOW,
+    "heavy_tail": Flag.SPIKE,
+    "end_of_run": Flag.ENDED,
+    "norm_spike": Flag.NORM_SPIKE | Flag.NONFINITE | Flag.OVERFLOW,
+    "norm_tail": Flag.NORM_SPIKE | Flag.SPIKE | Flag.DIVERGE | Flag.WORSE | Flag.ABOVE,
+    "collapse": Flag.DIVERGE | Flag.DRIFT,
+    "collapse_late": Flag.SPIKE | Flag.DIVERGE | Flag.DRIFT,
+    "above": Flag.LOST | Flag.ABOVE | Flag.DRIFT | Flag.WORSE,
+    "dead": 0,
+    "stall": 0,
+}
+# Where there is no snapshot the soft charts lead to nothing; those of these losses stand still.
+STANDS_STILL = {"blow_up", "norm_tail", "drift", "near_zero", "constant"}
+STANDS_STILL |= {"collapse", "collapse_late", "above", "dead", "stall"}
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=lambda trace: trace.name)
+def test_by_default_a_trace_raises_the_flags_that_its_name_promises(trace: Trace) -> None:
+    config, signals = config_of(trace, 0), signals_of(trace)
+    records, states = run_reference(config, signals)
+    assert_same(run_extension(config, signals), (records, states), trace.loss_unit)
+    flags = int(np.bitwise_or.reduce(records["flags"])) & ~Flag.OVERWRITTEN
+    assert flags & ~SOFT == PROMISED[trace.name]
+    assert bool(flags & SOFT) == (trace.name in STANDS_STILL)
+    failed = bool(records["phase"][-1] == Phase.FAILED)
+    assert failed == (trace.name in ("nan_end", "overflow"))
+    assert np.all(np.isfinite(np.hstack([column[-1] for column in states.values()])))
+    assert np.all((records["factor"] > 0) & (records["factor"] <= 1))
 
 
 def assert_same(
@@ -238,8 +286,8 @@ def moves_of(records: np.ndarray) -> list[str]:
     moves = []
     for record in records:
         before, after = Phase(record["previous_phase"]), Phase(record["phase"])
-        alarms = Flag(int(record["flags"])) & LOUD
-        names = "|".join(flag.name for flag in Flag if flag & alarms)
+        alarms = telemetry.Flag(int(record["flags"]) & LOUD)
+        names = "|".join(flag.name for flag in telemetry.Flag if flag & alarms)
         if after != before or record["action"] >> 8:
             moves.append(f"{before.name}>{after.name}" + (f":{names}" if names else ""))
     return moves
@@ -285,7 +333,7 @@ def test_ramps_end_in_each_of_their_ways() -> None:
         ended = (records["previous_phase"] == Phase.RESCUE) & (records["phase"] == Phase.REWARM)
         for record, state in zip(records[ended], states[ended], strict=True):
             reached = state["ramp_lr"] >= 0.999 * state["ramp_limit"]
-            alarm = bool(Flag(int(record["flags"])) & (Flag.NONFINITE | Flag.LOST | Flag.ABOVE))
+            alarm = bool(int(record["flags"]) & (Flag.NONFINITE | Flag.LOST | Flag.ABOVE))
             ends[scenario.model.name] = "alarm" if alarm else "limit" if reached else "best"
     assert ends == {
         "above": "best",

@@ -3,7 +3,8 @@
 From rows of the method ``auto``, without a run: how far the ramp, the first gradient and the peak
 were off the best swept rate, what whole runs at these rates come to by the sweep, and what the
 searched runs came to. What the peak lacks is the rule's; what a searched run lacks beside it is the
-steps of the search, and noise. Other rules can be tried: ``--divisor``, ``--weight``, ``--shift``.
+steps of the search, and noise. Other rules can be tried: ``--divisor``, ``--weight``, ``--shift``,
+``--trust``.
 
 Optimizers and variants without a sweep in ``results/`` need the rows of their own (``--near``).
 """
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from adaptlr.reference_recovery import RAMP_DIVISOR
+from adaptlr.reference_search import RAMP_TRUST
 from benchmarks.quality.grid import read_rows
 from benchmarks.quality.peers_report import fixed_rows
 from benchmarks.quality.report import SWEEP, grouped, table
@@ -37,6 +39,7 @@ class Rule(NamedTuple):
     divisor: float = RAMP_DIVISOR  # of the lowest rate
     weight: float = 0.5  # of the ramp in log(peak)
     shift: float = 0.0  # of the peak, in decades
+    trust: float = RAMP_TRUST  # what a ramp counts at most, in times of the gradient's rate
 
 
 RATES = ("ramp", "gradient", "peak")
@@ -71,7 +74,8 @@ def rates_of(row: dict, rule: Rule) -> tuple[float, float, float]:
     """Return what the ramp suggests, what the first gradient does, and the peak of both."""
     found = row["found"]
     ramp, gradient = found["lowest_lr"] / rule.divisor, found["estimate"]
-    peak = ramp**rule.weight * gradient ** (1.0 - rule.weight) * 10.0**rule.shift
+    believed = min(ramp, rule.trust * gradient)
+    peak = believed**rule.weight * gradient ** (1.0 - rule.weight) * 10.0**rule.shift
     return ramp, gradient, peak
 
 
