@@ -58,6 +58,17 @@ class WithoutBreak(torch.optim.Optimizer):
                     parameter.sub_(parameter.grad, alpha=group["lr"])
 
 
+@pytest.fixture
+def make_model() -> Callable[..., torch.nn.Module]:
+    """Return a maker of the smallest model: the time to compile grows with the parameters."""
+
+    def make(seed: int = 0, device: str = "cpu") -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return torch.nn.Linear(6, 1, device=device)
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()
