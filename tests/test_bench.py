@@ -29,6 +29,7 @@ from adaptlr.bench.subjects import (
     FLAGGED,
     LAUNCHING,
     OBSERVE,
+    UNGUARDED,
     ZEROING,
     make_anchors,
 )
@@ -73,7 +74,7 @@ def test_every_comparison_has_its_arms(report: Report) -> None:
 def test_every_anchor_is_a_row(report: Report) -> None:
     names = {row.name for row in report.rows}
     anchors = {subject.name for subject in make_anchors([torch.tensor(2.0)] * 10, calls=1)}
-    assert len(anchors) == 10
+    assert len(anchors) == 11
     assert anchors <= names
 
 
@@ -123,9 +124,10 @@ def test_gpu_report_sets_host_and_device_time_apart() -> None:
     title = "SGD, 1 group, 1 small tensor a group"
     host = {BARE: 20.0, FLAGGED: 21.0, LAUNCHING: 26.0, ATTACHED: 27.0}
     host |= {OBSERVE: 1.0, CONTROL: 7.0, EMPTY: 5.0, ZEROING: 12.0, EAGER: 700.0}
-    host[f"{COSINE}, tensor lr"] = 28.0
+    host |= {UNGUARDED: 7.0, f"{COSINE}, tensor lr": 28.0}
     kernels = {BARE: {"sgd": [3.0]}, FLAGGED: {"sgd": [4.0]}, OBSERVE: {}}
     kernels |= {CONTROL: {"adaptlr_control_step": [2.25]}, EMPTY: {"empty": [0.5]}}
+    kernels[UNGUARDED] = {"adaptlr_control_step": [3.25]}
     kernels[LAUNCHING] = {"sgd": [4.0], "empty": [0.5]}
     kernels[ATTACHED] = {"sgd": [4.0], "adaptlr_control_step": [2.5]}
     kernels |= {ZEROING: {}, EAGER: {}, f"{COSINE}, tensor lr": {}}
@@ -142,7 +144,8 @@ def test_gpu_report_sets_host_and_device_time_apart() -> None:
     assert facts.slug() == "gpu-x"
     assert [(row[2], row[3]) for row in targets[2:]] == [
         ("2.25 us", "yes"),
-        ("2.50 us in the slowest of 1 models", "yes"),
+        ("2.50 us", "yes"),
+        ("3.25 us", "**no**"),
         ("8.00 us, 1.60 times", "**no**"),
         ("6.00 us, 1.20 times", "yes"),
         ("7.00 us, 4.0 times cheaper", "**no**"),

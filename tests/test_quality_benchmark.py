@@ -250,7 +250,7 @@ def test_peers_train_at_the_one_rate_that_they_get(package, method, pictures):
     pytest.importorskip(package)
     runs = {
         (run.method, run.optimizer): run  # of several rates one
-        for run in grid.fixed_grid(["digits"], grid.OPTIMIZERS, [method], (0,), 120)
+        for run in grid.fixed_grid(["digits"], grid.OPTIMIZERS, [method], (0,), 60)
     }
     with quiet():
         rows = [train(run, pictures, CPU, graphs=False) for run in runs.values()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adaptlr.config import Guard
 from adaptlr.controller import AdaptiveLR
 
 # Never reached while measuring. Calls before it are beyond start-up and warm-up: the usual step.
@@ -16,6 +17,7 @@ TOTAL_STEPS = 10_000_000
 WARMUP_STEPS = 10
 SETTLING_STEPS = 20
 LR = 1e-6
+GUARD = Guard()
 OPTIMIZERS = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
 
@@ -65,9 +67,13 @@ def make_optimizer(
     return optimizer
 
 
-def attach(optimizer: torch.optim.Optimizer, losses: Sequence[torch.Tensor]) -> AdaptiveLR:
-    """Attach a controller with the default guard, and step it past its start-up and warm-up."""
-    controller = AdaptiveLR(optimizer, TOTAL_STEPS, warmup=WARMUP_STEPS, snapshot="off")
+def attach(
+    optimizer: torch.optim.Optimizer, losses: Sequence[torch.Tensor], guard: Guard | None = GUARD
+) -> AdaptiveLR:
+    """Attach a controller, and step it past its start-up and warm-up."""
+    controller = AdaptiveLR(
+        optimizer, TOTAL_STEPS, warmup=WARMUP_STEPS, guard=guard, snapshot="off"
+    )
     for index in range(SETTLING_STEPS):
         controller.step(losses[index % len(losses)])
     return controller

@@ -10,6 +10,7 @@ import torch
 from adaptlr._extension import FLOAT32, DeviceController, DeviceLoop, HostController
 from adaptlr.bench.eager import EagerController
 from adaptlr.bench.setup import (
+    GUARD,
     SMALL,
     TOTAL_STEPS,
     WARMUP_STEPS,
@@ -21,7 +22,7 @@ from adaptlr.bench.setup import (
     set_skip_flag,
     settle,
 )
-from adaptlr.bench.timing import Subject
+from adaptlr.bench.timing import Action, Subject
 from adaptlr.controller import AdaptiveLR
 
 BARE = "optimizer.step()"
@@ -30,6 +31,7 @@ LAUNCHING = "the same, and a hook that launches an empty kernel"
 ATTACHED = "observe(loss); optimizer.step() with adaptlr"
 OBSERVE = "observe(loss) alone"
 CONTROL = "control step alone"
+UNGUARDED = "control step alone, guard=None"
 EMPTY = "empty kernel through the same binding"
 COSINE = "CosineAnnealingLR.step()"
 SCHEDULED = "CosineAnnealingLR.step(); optimizer.step()"
@@ -104,8 +106,10 @@ def make_anchors(losses: Losses, calls: int) -> list[Subject]:
 
 def controller_subjects(losses: Losses, calls: int) -> list[Subject]:
     """Return the parts of what adaptlr does in a step."""
-    optimizer = make_optimizer("SGD", 1, SMALL, losses[0].device)
-    controller = attach(optimizer, losses)
+    device = losses[0].device
+    controller, unguarded = (
+        attach(make_optimizer("SGD", 1, SMALL, device), losses, guard) for guard in (GUARD, None)
+    )
     path = controller._path
 
     def observe(loss: torch.Tensor) -> None:
@@ -113,16 +117,23 @@ def controller_subjects(losses: Losses, calls: int) -> list[Subject]:
         path.count = 0  # as after a step
 
     subjects = [Subject(OBSERVE, observe, calls)]
-    if losses[0].is_cuda:
-        subjects += device_subjects(controller, losses, calls)
-    else:
-        core = HostController(controller._attachment.config.row, history_size=1000)
-        subjects.append(Subject(CONTROL, lambda _: core.step(2.0), calls))
+    control = on_device if device.type == "cuda" else on_host
+    for name, attached in ((CONTROL, controller), (UNGUARDED, unguarded)):
+        subjects.append(Subject(name, control(attached, losses), calls))
+    if device.type == "cuda":
+        empty = empty_launch(controller, losses)
+        subjects += [Subject(EMPTY, empty, calls), zeroing_subject(losses, calls)]
     return subjects
 
 
-def device_subjects(controller: AdaptiveLR, losses: Losses, calls: int) -> list[Subject]:
-    """Return the bare launches of the control step and of a kernel that does nothing.
+def on_host(controller: AdaptiveLR, _: Losses) -> Action:
+    """Return the bare control step of a controller like ``controller``."""
+    core = HostController(controller._attachment.config.row, history_size=1000)
+    return lambda _: core.step(2.0)
+
+
+def on_device(controller: AdaptiveLR, losses: Losses) -> Action:
+    """Return the bare launch of the control step of ``controller``.
 
     Raises:
         RuntimeError: if adaptlr has no kernels on this device.
@@ -133,11 +144,7 @@ def device_subjects(controller: AdaptiveLR, losses: Losses, calls: int) -> list[
             "adaptlr has no kernels for this GPU and decides on the host; measure with --device cpu"
         )
     stream = torch._C._cuda_getCurrentRawStream(losses[0].get_device())
-    return [
-        Subject(CONTROL, lambda loss: core.step(stream, loss.data_ptr(), FLOAT32, True), calls),
-        Subject(EMPTY, lambda _: core.launch_empty(stream), calls),
-        zeroing_subject(losses, calls),
-    ]
+    return lambda loss: core.step(stream, loss.data_ptr(), FLOAT32, True)
 
 
 def zeroing_subject(losses: Losses, calls: int) -> Subject:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,8 @@ def parse() -> argparse.Namespace:
     add("--only", nargs="+", default=[""], metavar="TEXT", help="faults with such a name")
     add("--seeds", type=int, default=3, help="how many, from 0")
     add("--steps", type=int, default=600)
-    add("--minutes", type=float, default=math.inf, help="no run is begun after so long")
+    add("--workers", type=int, default=1, help="optimizers side by side, each in a process")
+    add("--minutes", type=float, default=math.inf, help="no optimizer is waited for after so long")
     add("--output-dir", type=Path, default=RESULTS)
     add("--commit", default="", help="commit of the sources, outside of a clone")
     return parser.parse_args()
@@ -47,23 +49,42 @@ def parse() -> argparse.Namespace:
 
 def rows_of(
     task: Task, faults: Sequence[Fault], places: Sequence[Place], arguments: argparse.Namespace
-) -> Iterator[Row]:
-    """Yield all rows; a seed is finished everywhere before the next, for when time runs out."""
-    for seed in range(arguments.seeds):
-        for place in places:
-            yield from measure(task, arguments.optimizers, faults, seed, place)
+) -> Iterator[list[Row]]:
+    """Yield the rows of one optimizer at a time; every seed is finished before the next begins."""
+    jobs = [
+        (task, [optimizer], faults, seed, place)
+        for seed in range(arguments.seeds)
+        for place in places
+        for optimizer in arguments.optimizers
+    ]
+    if arguments.workers == 1:
+        yield from map(measured, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(arguments.workers, settle) as pool:
+        yield from pool.imap(measured, jobs)
 
 
-def collect(rows: Iterator[Row], total: int, minutes: float) -> list[Row]:
+def measured(job: tuple[Task, list[str], Sequence[Fault], int, Place]) -> list[Row]:
+    return list(measure(*job))
+
+
+def settle() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "something else")  # writes lr: that is one of the faults
+
+
+def collect(rows: Iterator[list[Row]], total: int, minutes: float) -> list[Row]:
     """Take the rows with a progress bar, until time is up."""
     deadline = time.monotonic() + 60 * minutes
     taken: list[Row] = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("faults", total=total)
-        for row in rows:
-            taken.append(row)
-            progress.update(bar, advance=1, description=f"{row.optimizer}, {row.fault}")
+        for some in rows:
+            taken += some
+            where = f"{some[-1].optimizer}, {some[-1].form}, seed {some[-1].seed}"
+            progress.update(bar, advance=len(some), description=where)
             if time.monotonic() > deadline:
                 break
     return taken
@@ -71,8 +92,7 @@ def collect(rows: Iterator[Row], total: int, minutes: float) -> list[Row]:
 
 def main() -> None:
     arguments = parse()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "something else")  # writes lr: that is one of the faults
+    settle()
     device = torch.device(arguments.device)
     forms = arguments.form or (FORMS if device.type == "cuda" else FORMS[:1])
     places = [Place(device, form == "graph", arguments.steps) for form in forms]
