@@ -12,13 +12,13 @@ import torch
 
 from adaptlr.bench.timing import quiet
 from benchmarks.quality import free, grid, judge, report
-from benchmarks.quality.data import Labelled
+from benchmarks.quality.data import Characters, Labelled
 from benchmarks.quality.methods import ALL_METHODS, METHODS
 from benchmarks.quality.peers import SkipSixSigma
 from benchmarks.quality.peers_report import compared, fixed_rows, peers_report
 from benchmarks.quality.search_report import scored, search_report, search_steps
 from benchmarks.quality.stages import Gradients
-from benchmarks.quality.tasks import ALL_TASKS, TASKS, progress_recovered
+from benchmarks.quality.tasks import ALL_TASKS, SCRATCH_TASKS, TASKS, progress_recovered
 from benchmarks.quality.training import CURVE_POINTS, Run, train
 
 CPU = torch.device("cpu")
@@ -215,6 +215,15 @@ def test_variants_differ_from_their_tasks_in_one_thing_alone():
         task, bare = TASKS[name], replace(TASKS[name], adamw=None, sgd=None, like=name)
         assert ALL_TASKS[f"{name}_3x_steps"] == replace(bare, steps=3 * task.steps)
         assert ALL_TASKS[f"{name}_4x_batch"] == replace(bare, batch=4 * task.batch)
+
+
+@pytest.mark.parametrize("name", SCRATCH_TASKS)
+def test_small_models_learn_from_scratch_by_a_loss_of_their_own(name, pictures):
+    text = np.tile(np.arange(20, dtype=np.uint8), 1000)
+    data = Characters({"text": text}, CPU) if name == "lstm" else pictures
+    with quiet():
+        row = train(replace(PLANNED, task=name, lr=1e-2, steps=60), data, CPU, graphs=False)
+    assert row["eval_loss"] < row["e0"]
 
 
 class OneVector(free.OwnOptimizer):

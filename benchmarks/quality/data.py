@@ -48,7 +48,9 @@ class Labelled:
         self.held_out = torch.as_tensor(arrays["held_out"], device=device).long()
 
     def loss(self, model: nn.Module, index: Tensor) -> Tensor:
-        return cross_entropy(model(self.inputs[index]), self.labels[index])
+        inputs, labels = self.inputs[index], self.labels[index]
+        own = getattr(model, "loss", None)
+        return own(inputs, labels) if own else cross_entropy(model(inputs), labels)
 
 
 class Characters:

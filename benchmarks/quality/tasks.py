@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from benchmarks.quality import models
+from benchmarks.quality import models, scratch
 from benchmarks.quality.data import LENGTH
 
 
@@ -104,6 +104,36 @@ HELD_OUT_TASKS = {
     ),
 }
 
+# Other kinds of models and losses, from scratch, small enough for a CPU. No rule was made on them.
+# The sweep has one seed.
+SCRATCH_TASKS = {
+    "autoencoder": Task(
+        *("digits", scratch.Autoencoder, 64, 500),
+        adamw=Best(half_decade(-3), 0.0100),
+        sgd=Best(half_decade(1), 0.0119),
+    ),
+    "vae": Task(
+        *("digits", scratch.VariationalAutoencoder, 64, 500),
+        adamw=Best(half_decade(-4), 22.794),
+        sgd=Best(half_decade(-2), 23.022),
+    ),
+    "lower_half": Task(
+        *("digits", scratch.LowerHalf, 64, 500),
+        adamw=Best(half_decade(-3), -1.6596),
+        sgd=Best(half_decade(-1), -1.6140),
+    ),
+    "vit": Task(
+        *("digits", scratch.VisionTransformer, 32, 400),
+        adamw=Best(half_decade(-3), 0.2313),
+        sgd=Best(half_decade(-1), 0.2199),
+    ),
+    "lstm": Task(
+        *("pydoc", scratch.CharacterLSTM, 16, 400),
+        adamw=Best(half_decade(-2), 1.5769),
+        sgd=Best(half_decade(1), 1.5029),
+    ),
+}
+
 # Longer runs and larger batches, each measured against a sweep of its own.
 _VARIED = {name: TASKS[name] for name in ("minilm_debian", "gpt", "digits")}
 LONG_TASKS = {
@@ -114,7 +144,7 @@ LARGE_BATCH_TASKS = {
     f"{name}_4x_batch": replace(task, batch=4 * task.batch, adamw=None, sgd=None, like=name)
     for name, task in _VARIED.items()
 }
-ALL_TASKS = TASKS | HELD_OUT_TASKS | LONG_TASKS | LARGE_BATCH_TASKS
+ALL_TASKS = TASKS | HELD_OUT_TASKS | SCRATCH_TASKS | LONG_TASKS | LARGE_BATCH_TASKS
 
 
 def progress_recovered(start: float, end: float, best: float) -> float:
