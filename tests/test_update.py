@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +85,10 @@ SETTINGS: list[dict[str, object]] = [
 ]
 
 
+# Without the copies that dataclasses.astuple makes.
+values_of = operator.attrgetter(*(field.name for field in dataclasses.fields(Signals)))
+
+
 def config_of(trace: Trace, index: int) -> Config:
     settings = SETTINGS[index % len(SETTINGS)]
     return reference.default_config(trace.total_steps, PEAK, **settings)
@@ -149,7 +154,7 @@ def run_extension(config: Config, signals: list[Signals]) -> tuple[np.ndarray, n
     controller = extension.HostController(row, history_size=1 << 14)
     states = []
     for i, step_signals in enumerate(signals):
-        controller.step(*dataclasses.astuple(step_signals))
+        controller.step(*values_of(step_signals))
         if i % STATE_EVERY == STATE_EVERY - 1:
             states.append(controller.state)
     del table  # alive until here
@@ -350,7 +355,7 @@ def test_multiplier_and_skip_are_those_of_the_reference() -> None:
     archive = Archive()
     for signals in signals_of(trace)[:3100]:
         decision, _ = reference.control_step(config, signals, state, archive)
-        skip, _, lrs, _ = controller.step(*dataclasses.astuple(signals))
+        skip, _, lrs, _ = controller.step(*values_of(signals))
         assert skip == bool(decision.action)
         assert lrs == pytest.approx([PEAK * decision.multiplier], rel=RTOL, abs=0)
 
