@@ -17,6 +17,7 @@ import adaptlr
 from adaptlr import _extension as extension
 from adaptlr.events import make_events
 from adaptlr.reference import Flag, Phase
+from adaptlr.reference_recovery import RAMP_DIVISOR
 from adaptlr.reference_schedule import schedule
 
 # Closed loops. The typed peak stands at 1, and `critical` is the rate that does harm.
@@ -296,8 +297,10 @@ def test_the_event_of_a_search_tells_what_was_seen():
 def test_the_event_of_a_search_tells_that_its_ramp_is_not_believed():
     scenario = Scenario(TOO_HIGH, SEARCHED, SEARCH)
     _, _, (records, _) = run_loop(scenario, STEPS, told(1e-4))
-    reason = make_events(records[records["flags"] & Flag.FOUND != 0])[0].reason
+    found = records[records["flags"] & Flag.FOUND != 0]
+    reason = make_events(found)[0].reason
     assert "apart, which is more than is believed;" in reason
+    assert f"which suggests {found['cusum'][0] / RAMP_DIVISOR:.2g};" in reason
 
 
 def test_a_checkpoint_in_a_search_ends_it_with_the_best_estimate():
