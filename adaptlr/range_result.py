@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from adaptlr import peer_rules
 from adaptlr.estimate import RULE_ERROR, LREstimate, interval_of
+from adaptlr.one_gradient import UpdateFamily
 
 CURVE = np.dtype([("lr", float), ("loss", float), ("low", float), ("high", float)])
 
@@ -107,12 +108,15 @@ class RangeTest:
 def ramp_result(ramps: list[Curve], estimate: LREstimate) -> RangeTest:
     """Combine ramps and gradients: their errors are independent, so the mean is better than each.
 
-    The gradients know nothing of the cliff; a ramp is noisy, and reads slow progress too low.
+    The gradients know nothing of the cliff; a ramp is noisy, and reads slow progress too low. With
+    SGD its end tells what the first, most curved part of the way bears, not what comes after a
+    warm-up: there it may raise what the gradients say, and not lower it.
     """
     logs = [math.log10(ramp.lr) for ramp in ramps if math.isfinite(ramp.lr)]
     lr = 10.0 ** median(logs) if 2 * len(logs) >= len(ramps) and logs else math.nan
-    if math.isfinite(estimate.lr):
-        lr = math.sqrt(lr * estimate.lr)
+    if math.isfinite(lr) and math.isfinite(estimate.lr):
+        mean = math.sqrt(lr * estimate.lr)
+        lr = max(mean, estimate.lr) if estimate.family is UpdateFamily.SGD else mean
     interval = interval_of(lr, logs, RULE_ERROR)
     return RangeTest(lr, interval, _median_curve(ramps), estimate, ramps)
 

@@ -15,9 +15,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import adaptlr
+from adaptlr.estimate import LREstimate
 from adaptlr.one_gradient import UpdateFamily, gradient_sum
 from adaptlr.probe import Probe
 from adaptlr.ramp import Baseline, Ramp
+from adaptlr.range_result import Curve, ramp_result
 from adaptlr.start import Start
 from adaptlr.trial import Trial
 
@@ -116,6 +118,24 @@ def test_the_curve_is_the_median_of_the_replicas(digits):
     tenth = [replica.losses[10] for replica in result.replicas]
     assert curve["loss"][10] == np.median(tenth)
     assert len(set(tenth)) == 3  # other batches
+
+
+@pytest.mark.parametrize(
+    ("family", "ramp", "expected"),
+    [
+        (UpdateFamily.ADAM, 0.01, 0.1),
+        (UpdateFamily.ADAM, 100.0, 10.0),
+        (UpdateFamily.SGD, 0.01, 1.0),  # a ramp without a warm-up may not lower what SGD is told
+        (UpdateFamily.SGD, 100.0, 10.0),
+        (UpdateFamily.SGD, math.nan, math.nan),  # flat
+        (UpdateFamily.ADAM, math.nan, math.nan),
+    ],
+)
+def test_the_rate_is_the_mean_of_ramp_and_estimate(family, ramp, expected):
+    estimate = LREstimate(1.0, (0.1, 10.0), family, [1.0], [2.0])
+    found = ramp_result([Curve([1e-3, 1e-2], [2.0, 1.0], None, ramp)], estimate)
+    assert found.lr == pytest.approx(expected, nan_ok=True)
+    assert found.flat == math.isnan(expected)
 
 
 def test_the_grid_finds_the_rate_whose_short_runs_end_lowest(digits):
