@@ -18,7 +18,7 @@ from adaptlr.start import Start
 from adaptlr.trial import Loss, Trial, lr_ratios
 
 # Root mean square of log10(found / best rate) over six tasks and two optimizers, with the constants
-# of each task taken from the other five (benchmarks/results/find_lr_nvidia-h100-80gb-hbm3.md).
+# of each task taken from the other five (benchmarks/results/find_lr_nvidia-h200.md).
 RULE_ERROR = 0.4
 
 
