@@ -52,8 +52,9 @@ def find_lr(
     First `estimate_lr`'s gradients, whose losses also tell level and noise before any update. Then
     ``"ramp"``: the rate rises exponentially, step by step, until a significant part of the progress
     is lost; that is repeated from the start on other batches. The result is the geometric mean of
-    what the ramps and the gradients suggest; with SGD at least what the gradients do. ``"grid"``: a
-    short run with warm-up and cosine at each of a few rates; slower, with less theory in it.
+    what the ramps and the gradients suggest; with SGD at least what the gradients do, where the
+    ramps got that far. ``"grid"``: a short run with warm-up and cosine at each of a few rates;
+    slower, with less theory in it.
 
     Parameters, buffers, gradients, the optimizer's state and settings, the scaler, random numbers
     and training modes are afterwards what they were, bit for bit; ``batches`` has moved on. Waits

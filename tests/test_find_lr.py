@@ -125,7 +125,9 @@ def test_the_curve_is_the_median_of_the_replicas(digits):
     [
         (UpdateFamily.ADAM, 0.01, 0.1),
         (UpdateFamily.ADAM, 100.0, 10.0),
-        (UpdateFamily.SGD, 0.01, 1.0),  # a ramp without a warm-up may not lower what SGD is told
+        (UpdateFamily.SGD, 0.2, 1.0),  # a ramp without a warm-up does not lower what SGD is told
+        (UpdateFamily.SGD, 0.03, 0.3),  # but for what lies above its end
+        (UpdateFamily.SGD, 0.001, math.sqrt(0.001)),
         (UpdateFamily.SGD, 100.0, 10.0),
         (UpdateFamily.SGD, math.nan, math.nan),  # flat
         (UpdateFamily.ADAM, math.nan, math.nan),
