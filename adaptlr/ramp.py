@@ -22,6 +22,18 @@ _LOST = 0.5  # share of the progress
 _LEAST_STEPS = 8
 
 
+def overshoot(steps_per_decade: float) -> float:
+    """Return how far above the best peak of a run a ramp has its landmarks.
+
+    Args:
+        steps_per_decade: Of the ramp.
+
+    Returns:
+        Decades; fitted on six tasks.
+    """
+    return 1.15 - 0.9 * math.log10(steps_per_decade / 10.0)
+
+
 class Baseline:
     """What the loss was before any update.
 
@@ -123,9 +135,8 @@ class Ramp:
         """
         if self.flat:
             return math.nan
-        lowest = self.levels[-1][0]
-        overshoot = 1.15 - 0.9 * math.log10(steps_per_decade / 10.0)  # decades, fitted on six tasks
-        return float(10.0 ** (0.75 * lowest + 0.25 * self._rate_at(0.8) - overshoot))
+        seen = 0.75 * self.levels[-1][0] + 0.25 * self._rate_at(0.8)
+        return float(10.0 ** (seen - overshoot(steps_per_decade)))
 
     def _rate_at(self, share: float) -> float:
         """Return log10 of the rate at which a share of the progress was made, interpolated."""

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from adaptlr import peer_rules
 from adaptlr.estimate import RULE_ERROR, LREstimate, interval_of
 from adaptlr.one_gradient import UpdateFamily
+from adaptlr.ramp import overshoot
 
-_OVERSHOOT = 10.0  # about so far above what it suggests does a ramp have its lowest level
 CURVE = np.dtype([("lr", float), ("loss", float), ("low", float), ("high", float)])
 
 
@@ -106,18 +106,19 @@ class RangeTest:
         return axes
 
 
-def ramp_result(ramps: list[Curve], estimate: LREstimate) -> RangeTest:
+def ramp_result(ramps: list[Curve], estimate: LREstimate, steps_per_decade: float) -> RangeTest:
     """Combine ramps and gradients: their errors are independent, so the mean is better than each.
 
     The gradients know nothing of the cliff; a ramp is noisy, and reads slow progress too low. With
     SGD its end tells what the first, most curved part of the way bears, not what comes after a
-    warm-up: there it may raise what the gradients say, and lower it only to where it ended.
+    warm-up: there it may raise what the gradients say, and lower it only to its landmarks.
     """
     logs = [math.log10(ramp.lr) for ramp in ramps if math.isfinite(ramp.lr)]
     lr = 10.0 ** median(logs) if 2 * len(logs) >= len(ramps) and logs else math.nan
     if math.isfinite(lr) and math.isfinite(estimate.lr):
-        borne = min(estimate.lr, _OVERSHOOT * lr) if estimate.family is UpdateFamily.SGD else 0.0
-        lr = max(math.sqrt(lr * estimate.lr), borne)
+        mean = math.sqrt(lr * estimate.lr)
+        seen = lr * 10.0 ** overshoot(steps_per_decade)
+        lr = max(mean, min(estimate.lr, seen)) if estimate.family is UpdateFamily.SGD else mean
     interval = interval_of(lr, logs, RULE_ERROR)
     return RangeTest(lr, interval, _median_curve(ramps), estimate, ramps)
 

@@ -122,7 +122,7 @@ def find_lr(
                 _run_ramp(trial, start, baseline, bounds, steps_per_decade, advance)
                 for _ in range(replicas)
             ]
-    return _told(ramp_result(ramps, estimate))
+    return _told(ramp_result(ramps, estimate, steps_per_decade))
 
 
 def _run_ramp(

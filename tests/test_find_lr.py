@@ -126,7 +126,7 @@ def test_the_curve_is_the_median_of_the_replicas(digits):
         (UpdateFamily.ADAM, 0.01, 0.1),
         (UpdateFamily.ADAM, 100.0, 10.0),
         (UpdateFamily.SGD, 0.2, 1.0),  # a ramp without a warm-up does not lower what SGD is told
-        (UpdateFamily.SGD, 0.03, 0.3),  # but for what lies above its end
+        (UpdateFamily.SGD, 0.03, 0.3),  # but for what lies above its landmarks, a decade up
         (UpdateFamily.SGD, 0.001, math.sqrt(0.001)),
         (UpdateFamily.SGD, 100.0, 10.0),
         (UpdateFamily.SGD, math.nan, math.nan),  # flat
@@ -135,7 +135,8 @@ def test_the_curve_is_the_median_of_the_replicas(digits):
 )
 def test_the_rate_is_the_mean_of_ramp_and_estimate(family, ramp, expected):
     estimate = LREstimate(1.0, (0.1, 10.0), family, [1.0], [2.0])
-    found = ramp_result([Curve([1e-3, 1e-2], [2.0, 1.0], None, ramp)], estimate)
+    ramps = [Curve([1e-3, 1e-2], [2.0, 1.0], None, ramp)]
+    found = ramp_result(ramps, estimate, steps_per_decade=10.0 ** (7 / 6))
     assert found.lr == pytest.approx(expected, nan_ok=True)
     assert found.flat == math.isnan(expected)
 
