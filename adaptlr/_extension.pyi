@@ -87,6 +87,12 @@ def cuda_available() -> bool:
 def compute_capability(device: int) -> tuple[int, int]:
     """Return the compute capability, e.g. ``(9, 0)``."""
 
+def driver_version() -> int:
+    """Return the CUDA version that the driver supports, e.g. 13000 for 13.0."""
+
+def link_kernels(device: int, relocatable: bytes) -> bytes:
+    """Link a relocatable cubin; raises RuntimeError if the driver cannot."""
+
 def load_kernels(device: int, image: bytes) -> None:
     """Load a fatbin, cubin or PTX on a device; raises RuntimeError if the driver refuses it."""
 

@@ -7,6 +7,8 @@ import hashlib
 import os
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from adaptlr import _extension, nvrtc
@@ -14,6 +16,8 @@ from adaptlr import _extension, nvrtc
 CHOICES = ("fatbin", "nvrtc", "host")
 OPTIONS = ("--fmad=false", "--std=c++17")  # as in setup.py
 MAIN_SOURCE = "kernels.cu"
+
+Link = Callable[[bytes], bytes]
 
 
 def kernel_image(device: int) -> bytes | None:
@@ -78,29 +82,47 @@ def _compiled(device: int) -> bytes:
     """Compile with the first NVRTC whose image the driver takes."""
     major, minor = _extension.compute_capability(device)
     failures = []
-    for library in nvrtc.libraries():
+    for library, link in _ways(device):
         try:
-            image = compiled_for(f"sm_{major}{minor}", library)
+            image = compiled_for(f"sm_{major}{minor}", library, link)
             _extension.load_kernels(device, image)
             return image
         except RuntimeError as error:
             failures.append(str(error))
     raise RuntimeError(
-        " ".join(failures) or "NVRTC was not found; pip install nvidia-cuda-nvrtc brings it."
+        " ".join(dict.fromkeys(failures))
+        or "NVRTC was not found; pip install nvidia-cuda-nvrtc brings it."
     )
 
 
-def compiled_for(architecture: str, library: nvrtc.Library) -> bytes:
+def _ways(device: int) -> Iterator[tuple[nvrtc.Library, Link | None]]:
+    """What may compile the kernels, and link them: the fast way first."""
+    for library in nvrtc.libraries():
+        if library.cuda_version <= _extension.driver_version():  # else the driver cannot link them
+            yield library, partial(_extension.link_kernels, device)
+        yield library, None
+
+
+def compiled_for(architecture: str, library: nvrtc.Library, link: Link | None = None) -> bytes:
     """Return the kernels for an architecture such as ``sm_90``, from the cache if it has them.
 
+    Args:
+        architecture: Name of the architecture, as the compiler calls it.
+        library: The compiler.
+        link: Links functions that were compiled each by itself, which takes half as long.
+
     Raises:
-        RuntimeError: if NVRTC does not know the architecture or refuses the sources.
+        RuntimeError: if NVRTC does not know the architecture or refuses the sources, or if they
+            cannot be linked.
     """
-    path = _cache_directory() / _cache_name(architecture, library)
+    options: tuple[str, ...] = (f"--gpu-architecture={architecture}", *OPTIONS)
+    if link is not None:
+        options += library.separately
+    path = _cache_directory() / _cache_name(options, library)
     image = _read(path)
     if image is None:
-        options = (f"--gpu-architecture={architecture}", *OPTIONS)
         image = library.compile(MAIN_SOURCE, _extension.kernel_sources, options)
+        image = image if link is None else link(image)
         _write(path, image)
     return image
 
@@ -110,10 +132,10 @@ def _cache_directory() -> Path:
     return (Path(home) if home else Path("~/.cache").expanduser()) / "adaptlr"
 
 
-def _cache_name(architecture: str, library: nvrtc.Library) -> str:
-    text = repr((sorted(_extension.kernel_sources.items()), OPTIONS))
-    sources = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return f"{sources}-{architecture}-nvrtc{library.version}.cubin"
+def _cache_name(options: Sequence[str], library: nvrtc.Library) -> str:
+    text = repr((sorted(_extension.kernel_sources.items()), options))
+    inputs = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return f"{inputs}-nvrtc{library.version}.cubin"
 
 
 def _read(path: Path) -> bytes | None:

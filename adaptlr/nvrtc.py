@@ -12,7 +12,13 @@ from pathlib import Path
 
 
 class Library:
-    """One libnvrtc."""
+    """One libnvrtc.
+
+    Attributes:
+        path: Where it is.
+        version: Of CUDA, e.g. ``"13.0"``.
+        cuda_version: The same as the driver counts, e.g. 13000.
+    """
 
     def __init__(self, path: str) -> None:
         """Load it.
@@ -29,6 +35,15 @@ class Library:
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         self.version = f"{major.value}.{minor.value}"
+        self.cuda_version = 1000 * major.value + 10 * minor.value
+
+    @property
+    def separately(self) -> tuple[str, ...]:
+        """Options to compile every function by itself, side by side: the result is to be linked."""
+        relocatable = ("--relocatable-device-code=true",)
+        return relocatable + (
+            ("--split-compile=0", "--minimal") if self.cuda_version >= 12040 else ()
+        )
 
     def compile(self, main: str, sources: Mapping[str, str], options: Sequence[str]) -> bytes:
         """Compile ``sources[main]`` to a cubin; the other sources are the files it may include.

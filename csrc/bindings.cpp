@@ -397,6 +397,13 @@ void define_kernels(py::module_& module) {
   module.attr("kernel_sources") = kernel_sources();
   module.def("cuda_available", &driver::available);
   module.def("compute_capability", &driver::compute_capability, py::arg("device"));
+  module.def("driver_version", &driver::version);
+  module.def(
+      "link_kernels",
+      [](int device, const std::string& relocatable) {
+        return py::bytes(driver::link(driver::primary_context(device), relocatable));
+      },
+      py::arg("device"), py::arg("relocatable"));
   module.def("load_kernels", &DeviceController::load, py::arg("device"), py::arg("image"));
 }
 

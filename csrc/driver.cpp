@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 
@@ -21,6 +22,7 @@ constexpr unsigned kPortable = 1; // CU_MEMHOSTALLOC_PORTABLE
 constexpr unsigned kMapped = 2;   // CU_MEMHOSTALLOC_DEVICEMAP
 constexpr unsigned kDisableTiming = 2;
 constexpr int kRelaxedCapture = 2;
+constexpr int kCubin = 0; // CU_JIT_INPUT_CUBIN
 
 struct Driver {
   Result (*init)(unsigned);
@@ -34,6 +36,11 @@ struct Driver {
   Result (*push)(Context);
   Result (*pop)(Context*);
   Result (*synchronize)();
+  Result (*create_link)(unsigned, void*, void*, CUlinkState_st**);
+  Result (*add_to_link)(CUlinkState_st*, int, const void*, std::size_t, const char*, unsigned,
+                        void*, void*);
+  Result (*complete_link)(CUlinkState_st*, void**, std::size_t*);
+  Result (*destroy_link)(CUlinkState_st*);
   Result (*load_module)(CUmod_st**, const void*);
   Result (*function)(Function*, CUmod_st*, const char*);
   Result (*load_function)(Function); // may be null: since CUDA 12.4
@@ -78,6 +85,10 @@ Driver find_driver() {
   require(library, "cuCtxPushCurrent_v2", d.push);
   require(library, "cuCtxPopCurrent_v2", d.pop);
   require(library, "cuCtxSynchronize", d.synchronize);
+  require(library, "cuLinkCreate_v2", d.create_link);
+  require(library, "cuLinkAddData_v2", d.add_to_link);
+  require(library, "cuLinkComplete", d.complete_link);
+  require(library, "cuLinkDestroy", d.destroy_link);
   require(library, "cuModuleLoadData", d.load_module);
   require(library, "cuModuleGetFunction", d.function);
   look_up(library, "cuFuncLoad", d.load_function);
@@ -221,6 +232,22 @@ RelaxedCapture::RelaxedCapture() noexcept {
 RelaxedCapture::~RelaxedCapture() {
   if (exchanged_)
     driver().exchange_capture_mode(&previous_);
+}
+
+std::string link(Context context, const std::string& relocatable) {
+  const Current current(context);
+  const char* action = "link the kernels";
+  CUlinkState_st* created = nullptr;
+  check(driver().create_link(0, nullptr, nullptr, &created), action);
+  const std::unique_ptr<CUlinkState_st, Result (*)(CUlinkState_st*)> state(created,
+                                                                           driver().destroy_link);
+  check(driver().add_to_link(created, kCubin, relocatable.data(), relocatable.size(), "adaptlr", 0,
+                             nullptr, nullptr),
+        action);
+  void* cubin = nullptr; // goes with the state
+  std::size_t bytes = 0;
+  check(driver().complete_link(created, &cubin, &bytes), action);
+  return {static_cast<const char*>(cubin), bytes};
 }
 
 Module::Module(Context context, const std::string& image) : context_(context) {

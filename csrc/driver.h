@@ -12,6 +12,7 @@
 struct CUctx_st;
 struct CUevent_st;
 struct CUfunc_st;
+struct CUlinkState_st;
 struct CUmod_st;
 struct CUstream_st;
 
@@ -62,6 +63,9 @@ private:
   int previous_ = 0;
   bool exchanged_ = false;
 };
+
+/// Links a relocatable cubin, which cannot be loaded, to one that can.
+std::string link(Context context, const std::string& relocatable);
 
 /// Kernels loaded from a cubin, a fatbin or PTX. They stay loaded.
 class Module {

@@ -47,11 +47,15 @@ def _fresh_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     kernel_image._kernel_image.cache_clear()
 
 
+WHOLE = b"--gpu-architecture=sm_90 --fmad=false --std=c++17"
+SEPARATELY = b" --relocatable-device-code=true --split-compile=0 --minimal"
+
+
 class CountingCompiler(nvrtc.Library):
     """Stands in for NVRTC."""
 
     def __init__(self) -> None:
-        self.path, self.version, self.calls = "libnvrtc", "13.0", 0
+        self.path, self.version, self.cuda_version, self.calls = "libnvrtc", "13.0", 13000, 0
 
     def compile(self, main: str, sources: Any, options: Sequence[str]) -> bytes:
         assert main in sources
@@ -190,9 +194,26 @@ def test_refused_fatbin_gives_way_to_nvrtc(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_extension, "fatbin", b"for other GPUs")
     monkeypatch.setattr(_extension, "load_kernels", load)
     monkeypatch.setattr(_extension, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_extension, "driver_version", lambda: 13000)
+    monkeypatch.setattr(_extension, "link_kernels", lambda device, parts: parts + b" linked")
     monkeypatch.setattr(nvrtc, "libraries", lambda: iter([CountingCompiler()]))
-    image = kernel_image.kernel_image(0)
-    assert image == ELF + b"--gpu-architecture=sm_90 --fmad=false --std=c++17"
+    assert kernel_image.kernel_image(0) == ELF + WHOLE + SEPARATELY + b" linked"
+
+
+@pytest.mark.parametrize("driver_version", [12090, 13000])
+def test_kernels_that_the_driver_cannot_link_are_compiled_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver_version: int
+) -> None:
+    compiler = CountingCompiler()
+    monkeypatch.setenv("ADAPTLR_KERNELS", "nvrtc")
+    monkeypatch.setattr(_extension, "load_kernels", lambda device, image: None)
+    monkeypatch.setattr(_extension, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_extension, "driver_version", lambda: driver_version)
+    monkeypatch.setattr(_extension, "link_kernels", refuse)
+    monkeypatch.setattr(nvrtc, "libraries", lambda: iter([compiler]))
+    assert kernel_image.kernel_image(0) == ELF + WHOLE
+    assert compiler.calls == (1 if driver_version < 13000 else 2)  # an older one is not asked
+    assert len(cached_files(tmp_path)) == 1
 
 
 def test_without_any_image_the_host_decides_with_one_warning(
@@ -261,9 +282,10 @@ def library() -> nvrtc.Library:
 
 
 def test_nvrtc_compiles_the_embedded_sources(library: nvrtc.Library) -> None:
-    image = kernel_image.compiled_for("sm_90", library)
-    assert image.startswith(ELF)
-    assert b"adaptlr_control_step" in image
+    for link in (None, lambda parts: parts):
+        image = kernel_image.compiled_for("sm_90", library, link)
+        assert image.startswith(ELF)
+        assert b"adaptlr_control_step" in image
 
 
 def test_refusal_of_nvrtc_shows_its_log(library: nvrtc.Library) -> None:

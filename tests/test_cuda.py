@@ -571,12 +571,17 @@ print(controller, controller.history()["lr"].tolist())
 """
 
 
-@pytest.mark.parametrize("kernels", ["fatbin", "nvrtc", "host"])
+WHOLE = "from adaptlr import _extension; _extension.driver_version = lambda: 0"
+
+
+@pytest.mark.parametrize("kernels", ["fatbin", "nvrtc", "nvrtc as a whole", "host"])
 def test_every_image_gives_the_same_run(kernels, tmp_path):
     if kernels == "fatbin" and not _extension.fatbin:
         pytest.skip("built without nvcc")
+    kernels, _, as_a_whole = kernels.partition(" ")
+    script = WHOLE + SCRIPT if as_a_whole else SCRIPT
     environment = {**os.environ, "ADAPTLR_KERNELS": kernels, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", SCRIPT]
+    command = [sys.executable, "-c", script]
     outputs = []
     for _ in range(2 if kernels == "nvrtc" else 1):
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
