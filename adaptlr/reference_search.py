@@ -9,6 +9,7 @@ from adaptlr.reference_progress import FAST_GAIN, Reading, variance_of
 from adaptlr.reference_recovery import (
     RAMP_DIVISOR,
     RAMP_REACH,
+    SURE_ERRORS,
     WARMUP_DIVISOR,
     Orders,
     agreed,
@@ -152,14 +153,16 @@ def end_search(config: Config, lost: bool, state: State) -> Orders:
 def found_lr(config: Config, progress: Progress, learned: bool, lost: bool, state: State) -> float:
     """Return the mean of what ramp and gradient say, or what one of them says, or the typed LR.
 
-    What a ramp says counts up to ``RAMP_TRUST`` estimates.
+    What a ramp says counts up to ``RAMP_TRUST`` estimates and, if it is not sure, not below what
+    the estimate alone would lead to.
     """
-    if learned:
-        ramp = relative(config, progress.lowest_log_lr) / RAMP_DIVISOR
-        if state.estimate:
-            ramp = min(ramp, RAMP_TRUST * state.estimate)
-        return agreed(ramp, state)
-    lr = state.estimate / ALONE or 1.0
+    alone = state.estimate / ALONE or 1.0
     if lost and stage_of(state) == "rise":
-        lr = min(lr, relative(config, progress.log_lr) / WARMUP_DIVISOR)
-    return lr
+        alone = min(alone, relative(config, progress.log_lr) / WARMUP_DIVISOR)
+    if not learned:
+        return alone
+    ramp = relative(config, progress.lowest_log_lr) / RAMP_DIVISOR
+    if not state.estimate:
+        return ramp
+    lr = agreed(min(ramp, RAMP_TRUST * state.estimate), state)
+    return lr if progress.lowest_evidence > SURE_ERRORS else max(lr, alone)

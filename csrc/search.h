@@ -116,17 +116,23 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_rise(const Config& config, St
 /// The peak that a search has found: the geometric mean of what the ramp and the gradient say,
 /// whose errors have nothing in common; or that of the two which there is; or the typed one. A few
 /// steps may be lowest at a rate that many steps would not bear, so a ramp is not believed far
-/// above the estimate. `lost`: the last rate was too high.
+/// above the estimate. Nor does one that is not sure take the run below what the estimate is worth
+/// alone: a loss that has yet to begin to fall is lowest anywhere. `lost`: the last rate was too
+/// high.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double found_lr(const Config& config, const Progress& p,
                                                         bool lost, const State& state) {
   const double estimate = state.estimate;
   const bool rose = !is_baseline(state) && !is_coarse(state);
-  if (rose && has_learned(p)) {
-    const double ramp = divide(relative_lr(config, p.lowest_log_lr), kRampDivisor);
-    return agreed_lr(estimate > 0.0 ? smaller(ramp, kRampTrust * estimate) : ramp, state);
-  }
-  const double lr = estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0;
-  return rose && lost ? smaller(lr, divide(relative_lr(config, p.log_lr), kWarmupDivisor)) : lr;
+  const double told = estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0;
+  const double alone =
+      rose && lost ? smaller(told, divide(relative_lr(config, p.log_lr), kWarmupDivisor)) : told;
+  if (!rose || !has_learned(p))
+    return alone;
+  const double ramp = divide(relative_lr(config, p.lowest_log_lr), kRampDivisor);
+  if (estimate == 0.0)
+    return ramp;
+  const double agreed = agreed_lr(smaller(ramp, kRampTrust * estimate), state);
+  return p.lowest_evidence > kSureErrors ? agreed : larger(agreed, alone);
 }
 
 /// What the record of a step tells that has judged or chosen the peak.

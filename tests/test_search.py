@@ -26,6 +26,7 @@ STEPS = 300
 SEARCH = {"search_steps": 60, "warmup_steps": 90, "chart_steps": 30.0, "snapshot_slots": 3}
 TOO_HIGH = Model("too_high", critical=0.01, speed=0.2, height=2.0)
 TOO_LOW = Model("too_low", critical=1e4, speed=0.2, height=2.0)
+PLATEAU = Model("plateau", critical=0.01, speed=0.5, height=0.12, harm=0.05, most_damage=0.3)
 FLAT = Model("flat", height=0.0)
 SEARCHED = ("RUN>SEARCH", "SEARCH>RUN")
 AGAIN = ("RUN>SEARCH", "SEARCH>SEARCH", "SEARCH>RUN")
@@ -43,6 +44,9 @@ CASES = [
     (TOO_LOW, told(3e3), SEARCHED, (5e2, 1e4)),
     # The ramp is lowest at 0.01, far above the estimate: it counts as five estimates.
     (TOO_HIGH, told(1e-4), SEARCHED, (2.1e-4, 2.4e-4)),
+    # The ramp is lowest at 0.006, by little: two thirds of the estimate stay. If it is sure, less.
+    (PLATEAU, told(0.0373, 1.12), SEARCHED, (0.0245, 0.025)),
+    (Model("cliff", critical=0.01, speed=0.6, height=2.0), told(0.05), SEARCHED, (0.009, 0.01)),
     (TOO_HIGH, NONE, AGAIN, (5e-4, 0.01)),
     (Model("unknown", critical=30.0, height=2.0), NONE, AGAIN, (1.0, 30.0)),
     (FLAT, told(0.02, 1.0), SEARCHED, (0.01, 0.02)),
