@@ -114,7 +114,8 @@ def estimate_from(
             trial.skip()
     start.rewind()
     assert family is not None  # there was at least one gradient
-    noise = stdev(losses) if gradients > 1 and all(map(math.isfinite, losses)) else None
+    no_scale = gradients > 1 and all(map(math.isfinite, losses)) and min(losses) <= 0.0
+    noise = stdev(losses) if no_scale else None
     estimates = [estimate(*pair, family, noise) for pair in zip(losses, sums, strict=True)]
     return _summary(estimates, losses, family)
 

@@ -148,14 +148,16 @@ def estimate(
     docs/choosing_lr.md tells where it did not.
 
     The loss itself is the scale, so an estimate is only as good as the loss's zero: adding a
-    constant to the loss changes it. Where the loss is negative or within its noise of zero, 30
-    times the noise takes its place, if the noise is given.
+    constant to the loss changes it. Where losses at or below zero show that it has none, 30 times
+    the noise takes the place of a loss that is not far above that.
 
     Args:
         loss: The loss that the gradient is of, averaged as the gradient is.
         gradient_sum: What `gradient_sum` has returned.
         family: The optimizer's family.
-        noise: Standard deviation of the loss from batch to batch at fixed weights.
+        noise: Standard deviation of the loss from batch to batch at fixed weights; None where all
+            losses are positive: noisy as they may be, as a squared error of few examples is, such a
+            loss is its own scale.
 
     Returns:
         A positive rate; NaN where there is none: no gradient, a loss of zero, or values that are

@@ -7,6 +7,7 @@ import math
 from adaptlr.reference_detector import is_finite
 from adaptlr.reference_progress import FAST_GAIN, Reading, variance_of
 from adaptlr.reference_recovery import (
+    NEVER,
     RAMP_DIVISOR,
     RAMP_REACH,
     SURE_ERRORS,
@@ -54,6 +55,7 @@ def begin_baseline(start: float, state: State) -> None:
     """Hold the LR far below where the ramp will begin."""
     state.ramp_start = max(start, 1e-30)
     state.ramp_lr, state.ramp_growth = state.ramp_start / RAMP_REACH, 1.0
+    state.ramp_level = NEVER
 
 
 def advance_search(
@@ -69,9 +71,10 @@ def advance_search(
     if broken and (stage == "baseline" or state.consecutive_skips < 2):
         return Orders()
     match stage:
-        case "baseline" if lost:  # not even that rate is harmless
-            return search_from(state.ramp_start / (SEARCH_REACH * RAMP_REACH), state)
         case "baseline":
+            state.ramp_level = min(state.ramp_level, signals.loss)
+            if lost:  # not even that rate is harmless
+                return search_from(state.ramp_start / (SEARCH_REACH * RAMP_REACH), state)
             if progress.count >= BASELINE:
                 begin_rise(config, state)
         case "coarse":
@@ -123,8 +126,10 @@ def begin_rise(config: Config, state: State) -> None:
     progress = state.fine
     mean = progress.fast_level
     if state.estimate and state.origin_step == 0:
-        scale = mean if mean >= 3 * progress.noise else 30 * progress.noise
-        state.estimate *= scale / abs(progress.first_loss)
+        is_scale = state.ramp_level > 0 or mean >= 3 * progress.noise
+        first = abs(progress.first_loss)
+        scale = math.sqrt(mean * first) if is_scale else 30 * progress.noise
+        state.estimate *= scale / first
         state.ramp_start = state.estimate / SEARCH_REACH
     decade_steps: float = COARSE_DECADE_STEPS
     if state.estimate or state.ramp_limit:

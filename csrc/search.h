@@ -26,7 +26,7 @@ constexpr double kCoarseBack = 17.782794100389228; // 1.25 decades: what it is l
 constexpr double kCoarseGrowth = 1.5;              // a step; between those of both ramps
 constexpr double kEstimateDivisor = 1.5;           // of an estimate that no ramp confirms
 constexpr double kRampTrust = 5.0;                 // above the estimate, in times of it
-constexpr double kNearZero = 3.0;                  // noises: a loss below is no scale
+constexpr double kNearZero = 3.0;                  // noises: a loss below may have no zero
 constexpr double kNoisePerLoss = 30.0;             // what stands for it
 
 ADAPTLR_HOST_DEVICE inline bool is_searched(const Config& config) {
@@ -45,6 +45,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_baseline(double start, State&
   state.ramp_start = larger(start, kTiny);
   state.ramp_lr = divide(state.ramp_start, kRampReach);
   state.ramp_growth = 1.0;
+  state.ramp_level = kNever;
 }
 
 ADAPTLR_HOST_DEVICE inline void choose(double lr, State& state) {
@@ -86,19 +87,23 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void search_from(double start, State& st
   begin_baseline(start, state);
 }
 
-/// The estimate by the mean of the baseline in place of its first loss; by the noise, where the
-/// loss is too near to zero to be a scale.
-ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double refined_estimate(const Progress& p,
+/// The estimate by what the baseline tells of the loss: by the geometric mean of its level and the
+/// first loss, for the gradient goes as the root of a squared error of few examples; by the noise,
+/// where losses at or below zero show that zero is nothing to measure this loss from.
+/// `lowest`: of its losses.
+ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double refined_estimate(const Progress& p, double lowest,
                                                                 double estimate) {
-  const bool near_zero = p.fast_level < kNearZero * p.noise;
-  return estimate * divide(near_zero ? kNoisePerLoss * p.noise : p.fast_level, fabs(p.first_loss));
+  const bool no_scale = lowest <= 0.0 && p.fast_level < kNearZero * p.noise;
+  const double first = fabs(p.first_loss);
+  const double scale = no_scale ? kNoisePerLoss * p.noise : square_root(p.fast_level * first);
+  return estimate * divide(scale, first);
 }
 
 /// Ends the baseline, whose mean takes the place of the first loss.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_rise(const Config& config, State& state) {
   Progress& p = state.fine;
   if (state.estimate > 0.0 && state.origin_step == 0.0) {
-    state.estimate = refined_estimate(p, state.estimate);
+    state.estimate = refined_estimate(p, state.ramp_level, state.estimate);
     state.ramp_start = divide(state.estimate, kSearchReach);
   }
   const bool coarse = state.estimate == 0.0 && state.ramp_limit == 0.0;
@@ -206,6 +211,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void advance_search(const Config& config
   if (!is_baseline(state))
     return is_coarse(state) ? advance_coarse(config, loss, lost, state, decision)
                             : advance_rise(config, lost, reading, state, decision);
+  state.ramp_level = smaller(state.ramp_level, loss);
   if (lost) // not even that rate is harmless
     search_from(divide(state.ramp_start, kSearchReach * kRampReach), state, decision);
   else if (state.fine.count >= kBaselineSteps)

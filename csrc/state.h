@@ -225,7 +225,8 @@ struct State : Statistics {
   double trials;                // that did not help
   double tested;                // 1: the last test told nothing
   double soft_step;             // the first at which a soft chart may speak again
-  double ramp_level;            // three errors above the lowest of a test that only learned; loss
+  double ramp_level;            // three errors above the lowest of a test that only learned; in a
+                                // search its lowest level, before its ramp the lowest loss; loss
   double ramp_log_lr;           // its ln lr
   double probe_sum;             // of the probe's votes: above 0 for other data
   double collapsed;             // 1: progress was lost early in a run, which the probe explains

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from adaptlr import estimate_lr
 from adaptlr.one_gradient import UpdateFamily, estimate, gradient_sum, update_family
 
 ADAM, RMSPROP, SIGN, ADAGRAD, SGD = UpdateFamily
@@ -210,6 +211,14 @@ def test_the_estimate_is_where_a_step_changes_the_loss_by_the_relative_change():
     for family in UpdateFamily:
         lr = estimate(2.0, 50.0, family)
         assert lr * 50.0 == pytest.approx(family.relative_change * 2.0)
+
+
+def test_the_noise_is_no_scale_for_losses_that_are_never_negative():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    batches = torch.tensor([0.1, 1.0, 0.2, 2.0])  # the squared error of one example each
+    result = estimate_lr(lambda x: (weight - x).square().sum(), optimizer, batches)
+    assert result.lr == pytest.approx(0.025 / 4)  # 0.025 loss / sum(g ** 2), the same for all
 
 
 @pytest.mark.parametrize("loss", [-4.0, 0.0, 0.05])

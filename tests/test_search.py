@@ -11,10 +11,11 @@ import pytest
 import torch
 from closed_loop import PEAK, Model, Scenario, steps_from
 from test_graphs import capture
-from test_update import assert_same, moves_of, run_loop, run_reference
+from test_update import assert_same, moves_of, run_loop, run_reference, to_structured
 
 import adaptlr
 from adaptlr import _extension as extension
+from adaptlr import reference
 from adaptlr.events import make_events
 from adaptlr.reference import Flag, Phase
 from adaptlr.reference_recovery import RAMP_DIVISOR
@@ -45,7 +46,7 @@ CASES = [
     # The ramp is lowest at 0.01, far above the estimate: it counts as five estimates.
     (TOO_HIGH, told(1e-4), SEARCHED, (2.1e-4, 2.4e-4)),
     # The ramp is lowest at 0.006, by little: two thirds of the estimate stay. If it is sure, less.
-    (PLATEAU, told(0.0373, 1.12), SEARCHED, (0.0245, 0.025)),
+    (PLATEAU, told(0.0373, 1.12), SEARCHED, (0.024, 0.025)),
     (Model("cliff", critical=0.01, speed=0.6, height=2.0), told(0.05), SEARCHED, (0.009, 0.01)),
     (TOO_HIGH, NONE, AGAIN, (5e-4, 0.01)),
     (Model("unknown", critical=30.0, height=2.0), NONE, AGAIN, (1.0, 30.0)),
@@ -102,6 +103,24 @@ def test_a_search_matches_the_reference_and_finds_a_rate(model, estimate, moves,
     assert found["step"][0] < SEARCH["search_steps"]
     if bounds is not None:
         assert bounds[0] <= found["target_factor"][0] <= bounds[1] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, -1.0])
+def test_a_noisy_loss_is_its_own_scale_unless_it_crosses_zero(offset):
+    """The squared error of one example is as noisy as high, and never negative."""
+    losses = np.random.default_rng(3).chisquare(1, 9) + offset
+    config = reference.default_config(STEPS, PEAK, **SEARCH)
+    controller = extension.HostController(to_structured(config)[0], history_size=64)
+    state = controller.state
+    state["estimate"] = told(0.01, 1.0)
+    controller.state = state
+    for loss in losses:
+        controller.step(float(loss))
+    after = controller.state
+    level, noise, first = after["fine.fast_level"], after["fine.noise"], abs(losses[0])
+    assert level < 3 * noise
+    scale = 30 * noise if offset else np.sqrt(level * first)
+    assert after["estimate"] == pytest.approx(0.01 * scale)
 
 
 @pytest.mark.parametrize(
