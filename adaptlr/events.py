@@ -283,7 +283,7 @@ def _found(row: Row, _: float) -> str:
         return f"no learning rate has changed the loss clearly; the one given, {peak:.3g}, stays"
     if not lowest:
         flat = "no ramp confirms it" if restored_slot(row) else "there was no room for a ramp"
-        return f"{gradient} and {flat}; peak set to {peak:.3g}, somewhat lower"
+        return f"{gradient} and {flat}; peak set to {peak:.3g}"
     ramp = f"on the ramp the loss was lowest, {float(row['level']):.4g}, at lr {lowest:.2g}"
     if not suggested:
         return f"{ramp}; {_restored(row)}, peak set to {peak:.3g}"

@@ -26,7 +26,6 @@ SEARCH_REACH = 20.0  # below the estimate, where a ramp begins
 SEARCH_DECADES = 3.3  # that the steps of a search are spread over
 COARSE_REACH, COARSE_DECADE_STEPS = 1e4, 4
 COARSE_BACK = 10**1.25
-ALONE = 1.5  # divides an estimate that no ramp confirms
 RAMP_TRUST = 5.0  # times the estimate: no ramp is believed above that
 
 
@@ -46,7 +45,7 @@ def begin_run(config: Config, signals: Signals, state: State) -> int:
         begin_baseline(start, state)
         enter(Phase.SEARCH, state.step, state)
         return 0
-    state.cut_factor = state.ceiling = state.estimate / ALONE or 1.0
+    state.cut_factor = state.ceiling = state.estimate or 1.0
     state.warmup_start = -config.search_steps
     return Flag.FOUND
 
@@ -158,10 +157,9 @@ def end_search(config: Config, lost: bool, state: State) -> Orders:
 def found_lr(config: Config, progress: Progress, learned: bool, lost: bool, state: State) -> float:
     """Return the mean of what ramp and gradient say, or what one of them says, or the typed LR.
 
-    What a ramp says counts up to ``RAMP_TRUST`` estimates and, if it is not sure, not below what
-    the estimate alone would lead to.
+    What a ramp says counts up to ``RAMP_TRUST`` estimates and, if it is not sure, not below one.
     """
-    alone = state.estimate / ALONE or 1.0
+    alone = state.estimate or 1.0
     if lost and stage_of(state) == "rise":
         alone = min(alone, relative(config, progress.log_lr) / WARMUP_DIVISOR)
     if not learned:

@@ -24,7 +24,6 @@ constexpr double kCoarseErrors = 6.0;
 constexpr double kCoarseShare = 0.6;               // of the steps of a search
 constexpr double kCoarseBack = 17.782794100389228; // 1.25 decades: what it is late by, and more
 constexpr double kCoarseGrowth = 1.5;              // a step; between those of both ramps
-constexpr double kEstimateDivisor = 1.5;           // of an estimate that no ramp confirms
 constexpr double kRampTrust = 5.0;                 // above the estimate, in times of it
 constexpr double kNearZero = 3.0;                  // noises: a loss below may have no zero
 constexpr double kNoisePerLoss = 30.0;             // what stands for it
@@ -71,7 +70,7 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline int32_t begin_run(const Config& config, 
     enter(Phase::kSearch, state.step, state);
     return 0;
   }
-  choose(known ? divide(estimate, kEstimateDivisor) : 1.0, state);
+  choose(known ? estimate : 1.0, state);
   state.warmup_start = -config.search_steps;
   return kFound;
 }
@@ -121,14 +120,13 @@ ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline void begin_rise(const Config& config, St
 /// The peak that a search has found: the geometric mean of what the ramp and the gradient say,
 /// whose errors have nothing in common; or that of the two which there is; or the typed one. A few
 /// steps may be lowest at a rate that many steps would not bear, so a ramp is not believed far
-/// above the estimate. Nor does one that is not sure take the run below what the estimate is worth
-/// alone: a loss that has yet to begin to fall is lowest anywhere. `lost`: the last rate was too
-/// high.
+/// above the estimate. Nor does one that is not sure take the run below the estimate: a loss that
+/// has yet to begin to fall is lowest anywhere. `lost`: the last rate was too high.
 ADAPTLR_HOST_DEVICE ADAPTLR_RARE inline double found_lr(const Config& config, const Progress& p,
                                                         bool lost, const State& state) {
   const double estimate = state.estimate;
   const bool rose = !is_baseline(state) && !is_coarse(state);
-  const double told = estimate > 0.0 ? divide(estimate, kEstimateDivisor) : 1.0;
+  const double told = estimate > 0.0 ? estimate : 1.0;
   const double alone =
       rose && lost ? smaller(told, divide(relative_lr(config, p.log_lr), kWarmupDivisor)) : told;
   if (!rose || !has_learned(p))
