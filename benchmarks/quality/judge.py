@@ -4,7 +4,7 @@ From rows of the method ``auto``, without a run: how far the ramp, the first gra
 were off the best swept rate, what whole runs at these rates come to by the sweep, and what the
 searched runs came to. What the peak lacks is the rule's; what a searched run lacks beside it is the
 steps of the search, and noise. Other rules can be tried: ``--divisor``, ``--weight``, ``--shift``,
-``--trust``.
+``--trust``. A row does not tell how sure its ramp was: the bound on one that was not is left out.
 
 Optimizers and variants without a sweep in ``results/`` need the rows of their own (``--near``).
 """
